@@ -1,0 +1,11 @@
+//! Models made to compute: files to weights, text to tokens, a step plan to logits, logits to tokens.
+//!
+//! Everything here is synchronous. Refuses: tokio, sockets and policy.
+
+pub mod chat;
+pub mod executor;
+pub mod grammar;
+pub mod model;
+pub mod sampler;
+pub mod tokenizer;
+pub mod weights;

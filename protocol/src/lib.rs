@@ -1,0 +1,15 @@
+//! What every part of Grapevine says to the others: ids, virtual time, the [`Machine`] trait and,
+//! behind the feature `api`, the types of the OpenAI-compatible API with the one [`ErrorCode`].
+//!
+//! Refuses: IO, clocks, threads, ambient randomness and policy.
+
+mod id;
+mod machine;
+mod time;
+
+#[cfg(feature = "api")]
+pub mod api;
+
+pub use id::{RequestId, SequenceId, TenantId, TokenId};
+pub use machine::Machine;
+pub use time::{Duration, Instant};

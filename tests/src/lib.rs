@@ -1,0 +1,1 @@
+//! Repository rules and the tests that need the whole workspace; see `tests/tests/`.
