@@ -6,6 +6,7 @@ pub mod chat;
 pub mod executor;
 pub mod grammar;
 pub mod model;
+pub mod replica;
 pub mod sampler;
 pub mod tokenizer;
 pub mod weights;
