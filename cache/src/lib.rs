@@ -1,5 +1,7 @@
 //! Names and counts of KV blocks; never their bytes.
 
 mod block;
+mod hash;
 
 pub use block::{BLOCK_TOKENS_DEFAULT, BlockId};
+pub use hash::{BlockHash, HashChain, IdentityParts, NumericalIdentity, TenantSalt};

@@ -1,8 +1,13 @@
-//! Every decision of Grapevine, as pure code: today admission and the [`Batcher`] (continuous
-//! batching, chunked prefill, priorities, preemption).
+//! Every decision of Grapevine, as pure code: today the batcher (continuous batching, chunked prefill,
+//! priorities, preemption, fairness).
 //!
 //! Refuses effects of any kind: what must happen leaves as an output.
 
+mod batcher;
 mod plan;
 
+pub use batcher::{
+    BatcherConfig, BatcherInput, BatcherOutput, BatcherStats, ConfigError, DropReason,
+    FinishReason, SequenceKind, StepResult, Submission,
+};
 pub use plan::{LogitsWanted, SequenceStep, StepPlan};
