@@ -1,1 +1,13 @@
-//! kernels
+//! Arithmetic: quantized formats, matrix products, attention and norms, chosen at run time for
+//! the CPU.
+//!
+//! Owns every `unsafe` line of the project. Refuses to know about models, files or requests: it
+//! sees slices and shapes. Every kernel gives the same bits whatever the number of tokens in the
+//! call, their order and the number of threads, so that batching can never change an answer.
+
+mod arch;
+pub mod float;
+pub mod isa;
+pub mod ops;
+pub mod pool;
+mod simd;
