@@ -161,7 +161,12 @@ mod tests {
         for (value, bits) in table {
             assert_eq!(f32_to_f16(value), bits, "{value}");
         }
-        let table = [(1.0, 0x3f80), (1.00390625, 0x3f80), (1.01171875, 0x3f82), (3.4e38, 0x7f80)];
+        let table = [
+            (1.0, 0x3f80),
+            (1.0 + 1.0 / 256.0, 0x3f80),
+            (1.0 + 3.0 / 256.0, 0x3f82),
+            (3.4e38, 0x7f80),
+        ];
         for (value, bits) in table {
             assert_eq!(f32_to_bf16(value), bits, "{value}");
         }

@@ -7,7 +7,10 @@
 
 mod arch;
 pub mod float;
+pub mod format;
 pub mod isa;
+pub mod linear;
 pub mod ops;
 pub mod pool;
+pub mod quant;
 mod simd;

@@ -1,0 +1,137 @@
+//! Products of a weight matrix with the inputs of a step.
+//!
+//! A [`Matrix`] is packed once, while loading, into panels of 32 rows whose elements lie side by
+//! side, so that each lane of a vector register belongs to one output. Quantized weights are
+//! multiplied as integers with inputs that are quantized to eight bits for each 32 of them
+//! ([`Activations`]); float weights meet the inputs as they are, in f32.
+//!
+//! An output element is one chain of operations over the columns, from the first to the last, the
+//! same in every kernel: integer dots of a block are exact, and each block is added with one fused
+//! multiply-add. So the bits of an output do not depend on how many tokens are in the call, on
+//! their order, on the number of threads, nor on the instruction set.
+
+mod activations;
+mod layout;
+mod matrix;
+mod scalar;
+
+pub use activations::Activations;
+pub use matrix::{Matrix, PackError};
+
+pub(crate) use activations::QuantBlock;
+pub(crate) use layout::{Bits, Layout, PANEL};
+
+use crate::isa::Isa;
+use crate::pool::ThreadPool;
+
+/// `out[t * rows + r] = sum over c of w[r, c] * x[t, c]`, for all tokens of `x`.
+///
+/// Quantizes the inputs first if the weights are quantized and it has not been done yet.
+///
+/// # Panics
+/// If the columns of `weights` and `x` differ or `out` is not tokens x rows long.
+pub fn matmul(pool: &ThreadPool, weights: &Matrix, x: &mut Activations, out: &mut [f32]) {
+    matmul_many(pool, &[weights], x, &mut [out]);
+}
+
+/// [`matmul`] for several matrices that read the same inputs, in one parallel region.
+///
+/// # Panics
+/// As [`matmul`], and if there are not as many outputs as matrices or more than [`MATRICES_MAX`].
+pub fn matmul_many(
+    pool: &ThreadPool,
+    weights: &[&Matrix],
+    x: &mut Activations,
+    outs: &mut [&mut [f32]],
+) {
+    assert_eq!(weights.len(), outs.len(), "one output for each matrix");
+    assert!(weights.len() <= MATRICES_MAX, "at most {MATRICES_MAX} matrices in one call");
+    for (w, out) in weights.iter().zip(outs.iter()) {
+        assert_eq!(w.cols(), x.cols(), "the inputs have as many columns as the weights");
+        assert_eq!(out.len(), x.tokens() * w.rows(), "the output holds tokens x rows");
+    }
+    if let Some(quantized) = weights.iter().find(|w| w.layout().is_some()) {
+        x.quantize(pool, quantized.isa());
+    }
+    let x = &*x;
+    let mut jobs = [None; MATRICES_MAX];
+    let mut panels = 0;
+    for ((w, out), job) in weights.iter().zip(outs.iter_mut()).zip(&mut jobs) {
+        *job = Some(Job { weights: w, first: panels, out: out.as_mut_ptr() });
+        panels += w.panels();
+    }
+    let run = split(pool.threads(), panels);
+    pool.run(panels.div_ceil(run), &|task| {
+        let range = task * run..panels.min((task + 1) * run);
+        for job in jobs.iter().flatten() {
+            let end = job.first + job.weights.panels();
+            for panel in range.start.max(job.first)..range.end.min(end) {
+                job.panel(panel - job.first, x);
+            }
+        }
+    });
+}
+
+/// The most matrices that [`matmul_many`] takes.
+pub const MATRICES_MAX: usize = 8;
+
+/// Panels in a task: a few tasks for each thread, so that a thread that the system took away does
+/// not hold the others up, yet long runs of memory for each.
+fn split(threads: usize, panels: usize) -> usize {
+    panels.div_ceil(threads * TASKS_PER_THREAD).max(1)
+}
+
+/// One matrix of a call; `first` is its first panel among those of all matrices.
+#[derive(Clone, Copy)]
+struct Job<'a> {
+    weights: &'a Matrix,
+    first: usize,
+    out: *mut f32,
+}
+
+// SAFETY: `out` points into a slice that `matmul_many` borrows mutably until all tasks have ended,
+// and no two tasks take the same panel, so no two threads touch the same element.
+unsafe impl Sync for Job<'_> {}
+
+impl Job<'_> {
+    /// Computes the rows of one panel for all tokens.
+    fn panel(&self, panel: usize, x: &Activations) {
+        let w = self.weights;
+        let rows = PANEL.min(w.rows() - panel * PANEL);
+        // SAFETY: the panel begins at row `panel * PANEL`, which is below the number of rows, so
+        // the pointer stays inside of the first token's row of the output.
+        let first = unsafe { self.out.add(panel * PANEL) };
+        let out = PanelOut { first, stride: w.rows(), rows };
+        let bytes = w.panel(panel);
+        match w.isa() {
+            Isa::Scalar | Isa::Avx2 | Isa::Avx512 => match w.layout() {
+                Some(layout) => scalar::quantized(layout, bytes, x, &out),
+                None => scalar::floats(w.format(), bytes, x, &out),
+            },
+        }
+    }
+}
+
+/// Where a panel's results go: `rows` elements for each token, `stride` apart.
+pub(crate) struct PanelOut {
+    first: *mut f32,
+    stride: usize,
+    rows: usize,
+}
+
+impl PanelOut {
+    /// Stores the rows of one token.
+    ///
+    /// # Safety
+    /// `token` is below the number of tokens of the call.
+    unsafe fn store(&self, token: usize, values: &[f32; PANEL]) {
+        // SAFETY: `matmul_many` checked that the output holds tokens x stride elements, and the
+        // panel's rows end at or before the stride.
+        unsafe {
+            let to = self.first.add(token * self.stride);
+            std::ptr::copy_nonoverlapping(values.as_ptr(), to, self.rows);
+        }
+    }
+}
+
+const TASKS_PER_THREAD: usize = 4;
