@@ -1,1 +1,5 @@
 //! model
+
+mod config;
+
+pub use config::*;

@@ -1,1 +1,14 @@
-//! weights
+//! Files to tensors.
+//!
+//! Owns what GGUF and Hugging Face files mean: the description of the decoder, the place of each
+//! tensor, and the tokenizer's and template's sources. Refuses every file it cannot prove to be
+//! whole and usable, with a sentence that names file, tensor or key, and reason.
+
+mod error;
+mod role;
+mod tensor;
+
+pub use error::ModelError;
+pub use kernels::format::Format;
+pub use role::TensorRole;
+pub use tensor::Tensor;
