@@ -7,7 +7,7 @@ mod batcher;
 mod plan;
 
 pub use batcher::{
-    BatcherConfig, BatcherInput, BatcherOutput, BatcherStats, ConfigError, DropReason,
+    Batcher, BatcherConfig, BatcherInput, BatcherOutput, BatcherStats, ConfigError, DropReason,
     FinishReason, SequenceKind, StepResult, Submission,
 };
 pub use plan::{LogitsWanted, SequenceStep, StepPlan};

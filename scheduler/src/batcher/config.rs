@@ -82,6 +82,11 @@ impl BatcherConfig {
         self.context_max.min(self.blocks as usize * self.block_tokens + 1)
     }
 
+    /// Tokens of a prompt that needs no answer.
+    pub fn prompt_max(&self) -> usize {
+        self.context_max.min(self.blocks as usize * self.block_tokens)
+    }
+
     /// Refuses what cannot work.
     pub fn validate(&self) -> Result<(), ConfigError> {
         if !BLOCK_TOKENS_ALLOWED.contains(&self.block_tokens) {

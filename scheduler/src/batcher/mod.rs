@@ -1,13 +1,322 @@
-//! Continuous batching (Orca, OSDI 2022) with chunked prefill (Sarathi-Serve, OSDI 2024).
+//! Continuous batching (Orca, OSDI 2022) with chunked prefill (Sarathi-Serve, OSDI 2024) over shared
+//! blocks (vLLM's paged attention, SOSP 2023).
 //!
-//! Owns: which sequence computes which tokens in the next step, and which blocks they go to.
-//! Refuses: bytes of KV, sampling, clocks.
+//! Owns: which sequence computes which tokens in the next step, which blocks they go to, who waits,
+//! who is preempted. Refuses: bytes of KV, sampling, clocks.
+//!
+//! The shell's loop: hand over all inputs that have come, then [`BatcherInput::Plan`]; compute the
+//! [`BatcherOutput::Step`] if there is one, and answer with [`BatcherInput::StepDone`]; if there is
+//! none, wait for an input or for [`next_deadline`](Machine::next_deadline). Inputs may come while a
+//! step is in flight, too: a cancelled sequence gets its last word at once, but its blocks stay taken
+//! until the step is done, because the executor may still write them.
+//!
+//! Each sequence gets exactly one last word: `Finished` or `Dropped`.
 
 mod config;
+mod lanes;
 mod message;
+mod planner;
+mod sequence;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use cache::{BlockPool, HashChain};
+use protocol::{Duration, Instant, Machine, SequenceId};
 
 pub use config::{BatcherConfig, ConfigError};
 pub use message::{
     BatcherInput, BatcherOutput, BatcherStats, DropReason, FinishReason, SequenceKind, StepResult,
     Submission,
 };
+
+use self::lanes::Lanes;
+use self::sequence::{Phase, Rank, Sequence};
+use crate::LogitsWanted;
+
+/// The batcher of one replica.
+#[derive(Debug)]
+pub struct Batcher {
+    config: BatcherConfig,
+    pool: BlockPool,
+    sequences: BTreeMap<SequenceId, Sequence>,
+    /// Sequences with blocks, the best rank first.
+    running: BTreeMap<Rank, SequenceId>,
+    lanes: Lanes,
+    deadlines: BTreeSet<(Instant, SequenceId)>,
+    /// Sequences of the step that is being computed.
+    in_flight: Vec<SequenceId>,
+    step: u64,
+    next_ticket: u64,
+    /// Waiting sequences that have never run.
+    queued: usize,
+    last_end: Option<Instant>,
+    /// Moving average over the ends of sequences that ran.
+    between_ends: Duration,
+    stats: BatcherStats,
+}
+
+impl Batcher {
+    /// A batcher with nothing to do.
+    pub fn new(config: BatcherConfig) -> Result<Self, ConfigError> {
+        config.validate()?;
+        Ok(Batcher {
+            pool: BlockPool::new(config.blocks),
+            config,
+            sequences: BTreeMap::new(),
+            running: BTreeMap::new(),
+            lanes: Lanes::default(),
+            deadlines: BTreeSet::new(),
+            in_flight: Vec::new(),
+            step: 0,
+            next_ticket: 0,
+            queued: 0,
+            last_end: None,
+            between_ends: Duration::ZERO,
+            stats: BatcherStats::default(),
+        })
+    }
+
+    pub fn config(&self) -> &BatcherConfig {
+        &self.config
+    }
+
+    /// Whether a sequence is alive or a step is in flight.
+    pub fn has_work(&self) -> bool {
+        !self.sequences.is_empty()
+    }
+
+    /// Whether a step has been given out and not been answered.
+    pub fn is_computing(&self) -> bool {
+        !self.in_flight.is_empty()
+    }
+
+    pub fn stats(&self) -> BatcherStats {
+        let pool = self.pool.stats();
+        let waiting = |s: &&Sequence| s.phase == Phase::Waiting && !s.dropped;
+        BatcherStats {
+            running: self.running.len(),
+            waiting: self.sequences.values().filter(waiting).count(),
+            blocks_free: pool.free,
+            blocks_cached: pool.cached,
+            blocks_used: pool.used,
+            evictions: pool.evictions,
+            ..self.stats
+        }
+    }
+
+    fn submit(&mut self, submission: Submission, out: &mut Vec<BatcherOutput>) {
+        let id = submission.sequence;
+        assert!(!self.sequences.contains_key(&id), "{id} is submitted twice");
+        if let Some(reason) = self.refusal(&submission) {
+            out.push(BatcherOutput::Dropped { sequence: id, reason });
+            return;
+        }
+        if submission.kind == SequenceKind::Generate && submission.max_new_tokens == 0 {
+            let reason = FinishReason::Length;
+            out.push(BatcherOutput::Finished { sequence: id, reason });
+            return;
+        }
+        let chain =
+            HashChain::new(submission.salt, &self.config.identity, self.config.block_tokens);
+        let sequence = Sequence::new(submission, self.next_ticket, self.config.tokens_max(), chain);
+        self.next_ticket += 1;
+        self.queued += 1;
+        self.deadlines.extend(sequence.deadline.map(|at| (at, id)));
+        self.lanes.insert(&sequence);
+        self.sequences.insert(id, sequence);
+    }
+
+    fn refusal(&self, submission: &Submission) -> Option<DropReason> {
+        let limit = match submission.kind {
+            SequenceKind::Generate => self.config.tokens_max() - 1,
+            SequenceKind::Embed | SequenceKind::Score => self.config.prompt_max(),
+        };
+        if submission.tokens.is_empty() {
+            return Some(DropReason::EmptyPrompt);
+        }
+        if submission.tokens.len() > limit {
+            return Some(DropReason::TooLong { limit });
+        }
+        // Places that are free now are filled by the next step: those who take them do not wait.
+        let places = self.config.sequences_max.saturating_sub(self.running.len());
+        (self.queued >= self.config.waiting_max + places)
+            .then(|| DropReason::QueueFull { retry_after: self.retry_after() })
+    }
+
+    /// When half of the queue will have moved up: half its length times the mean time between ends.
+    fn retry_after(&self) -> Duration {
+        let half = u32::try_from(self.queued / 2).unwrap_or(u32::MAX);
+        self.between_ends.saturating_mul(half).clamp(RETRY_AFTER_MIN, RETRY_AFTER_MAX)
+    }
+
+    fn step_done(&mut self, now: Instant, results: &[StepResult], out: &mut Vec<BatcherOutput>) {
+        let results: BTreeMap<SequenceId, &StepResult> =
+            results.iter().map(|result| (result.sequence, result)).collect();
+        for id in std::mem::take(&mut self.in_flight) {
+            let sequence = self.sequences.get_mut(&id).expect("kept while its step is in flight");
+            assert!(sequence.planned > 0, "{id} was in the step");
+            let wanted = sequence.wanted();
+            sequence.computed += sequence.planned;
+            sequence.planned = 0;
+            assert!(sequence.computed <= sequence.tokens.len(), "{id} computed what it has");
+            sequence.commit(&mut self.pool, self.config.block_tokens);
+            if sequence.dropped {
+                self.forget(id);
+                continue;
+            }
+            if sequence.phase == Phase::Prefill && sequence.computed == sequence.tokens.len() {
+                self.lanes.remove(sequence);
+                sequence.phase = Phase::Decode;
+            }
+            match wanted {
+                LogitsWanted::None => {}
+                LogitsWanted::Last => self.take_token(now, id, results.get(&id).copied(), out),
+                LogitsWanted::All | LogitsWanted::Hidden => {
+                    if sequence.computed == sequence.tokens.len() {
+                        self.finish(now, id, FinishReason::Complete, out);
+                    }
+                }
+            }
+        }
+    }
+
+    fn take_token(
+        &mut self,
+        now: Instant,
+        id: SequenceId,
+        result: Option<&StepResult>,
+        out: &mut Vec<BatcherOutput>,
+    ) {
+        let sequence = self.sequences.get_mut(&id).expect("its step is done");
+        let token = result.and_then(|result| result.token);
+        if let Some(token) = token {
+            sequence.tokens.push(token);
+            self.stats.generated_tokens += 1;
+        }
+        let full = sequence.tokens.len() >= sequence.tokens_max;
+        match (result.is_some_and(|result| result.finished), token) {
+            (true, _) => self.finish(now, id, FinishReason::Stop, out),
+            (false, Some(_)) if full => self.finish(now, id, FinishReason::Length, out),
+            (false, Some(_)) => {}
+            (false, None) => self.drop_sequence(now, id, DropReason::StepFailed, out),
+        }
+    }
+
+    fn step_failed(&mut self, now: Instant, out: &mut Vec<BatcherOutput>) {
+        for id in std::mem::take(&mut self.in_flight) {
+            let sequence = self.sequences.get_mut(&id).expect("kept while its step is in flight");
+            sequence.planned = 0;
+            if sequence.dropped {
+                self.forget(id);
+            } else {
+                self.drop_sequence(now, id, DropReason::StepFailed, out);
+            }
+        }
+    }
+
+    fn finish(
+        &mut self,
+        now: Instant,
+        id: SequenceId,
+        reason: FinishReason,
+        out: &mut Vec<BatcherOutput>,
+    ) {
+        self.retire(now, id);
+        out.push(BatcherOutput::Finished { sequence: id, reason });
+    }
+
+    fn drop_sequence(
+        &mut self,
+        now: Instant,
+        id: SequenceId,
+        reason: DropReason,
+        out: &mut Vec<BatcherOutput>,
+    ) {
+        if self.sequences.get(&id).is_some_and(|sequence| !sequence.dropped) {
+            self.retire(now, id);
+            out.push(BatcherOutput::Dropped { sequence: id, reason });
+        }
+    }
+
+    /// Takes a sequence out of every order; frees what it holds unless a step is writing to it.
+    fn retire(&mut self, now: Instant, id: SequenceId) {
+        let sequence = self.sequences.get_mut(&id).expect("only living sequences retire");
+        self.lanes.remove(sequence);
+        if let Some(deadline) = sequence.deadline {
+            self.deadlines.remove(&(deadline, id));
+        }
+        if sequence.phase == Phase::Waiting {
+            self.queued -= usize::from(!sequence.started);
+        } else {
+            self.running.remove(&sequence.rank());
+            self.note_end(now);
+        }
+        let sequence = self.sequence_mut(id);
+        if sequence.planned > 0 {
+            sequence.dropped = true;
+        } else {
+            self.forget(id);
+        }
+    }
+
+    fn forget(&mut self, id: SequenceId) {
+        if let Some(mut sequence) = self.sequences.remove(&id) {
+            sequence.release(&mut self.pool);
+        }
+    }
+
+    fn note_end(&mut self, now: Instant) {
+        if let Some(last) = self.last_end {
+            self.between_ends = (self.between_ends * 7 + now.saturating_since(last)) / 8;
+        }
+        self.last_end = Some(now);
+    }
+
+    fn expire(&mut self, now: Instant, out: &mut Vec<BatcherOutput>) {
+        while let Some(&(deadline, id)) = self.deadlines.first() {
+            if deadline > now {
+                break;
+            }
+            self.drop_sequence(now, id, DropReason::DeadlineExceeded, out);
+        }
+    }
+
+    fn sequence_mut(&mut self, id: SequenceId) -> &mut Sequence {
+        self.sequences.get_mut(&id).expect("ids in the orders are alive")
+    }
+}
+
+impl Machine for Batcher {
+    type Input = BatcherInput;
+    type Output = BatcherOutput;
+
+    /// Panics if a sequence is submitted twice, or a step is answered that is not in flight.
+    fn handle(&mut self, now: Instant, input: BatcherInput, out: &mut Vec<BatcherOutput>) {
+        let plan = matches!(input, BatcherInput::Plan) && !self.is_computing();
+        match input {
+            BatcherInput::Submit(submission) => self.submit(submission, out),
+            BatcherInput::Cancel(id) => self.drop_sequence(now, id, DropReason::Cancelled, out),
+            BatcherInput::StepDone { results } => {
+                assert!(self.is_computing(), "no step is in flight");
+                self.step_done(now, &results, out);
+            }
+            BatcherInput::StepFailed => {
+                assert!(self.is_computing(), "no step is in flight");
+                self.step_failed(now, out);
+            }
+            BatcherInput::Plan | BatcherInput::Tick => {}
+        }
+        self.expire(now, out);
+        if plan && let Some(step) = self.plan(out) {
+            out.push(BatcherOutput::Step(step));
+        }
+    }
+
+    /// The earliest deadline of a living sequence.
+    fn next_deadline(&self) -> Option<Instant> {
+        self.deadlines.first().map(|(at, _)| *at)
+    }
+}
+
+const RETRY_AFTER_MIN: Duration = Duration::from_secs(1);
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);

@@ -1,0 +1,4 @@
+//! The batcher from outside, with a model of an executor.
+
+mod replica;
+mod scenarios;
