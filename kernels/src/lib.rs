@@ -6,6 +6,7 @@
 //! call, their order and the number of threads, so that batching can never change an answer.
 
 mod arch;
+pub mod attention;
 pub mod float;
 pub mod format;
 pub mod isa;
