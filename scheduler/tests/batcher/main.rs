@@ -2,3 +2,4 @@
 
 mod replica;
 mod scenarios;
+mod simulation;

@@ -112,6 +112,21 @@ impl Replica {
         self.handle(BatcherInput::StepDone { results });
     }
 
+    /// The step begun breaks off: nobody knows what it has written.
+    pub fn fail_step(&mut self) {
+        let plan = self.plan.take().expect("a step has begun");
+        self.execute(&plan);
+        let block_tokens = self.batcher.config().block_tokens;
+        for step in &plan.sequences {
+            for at in (step.position..).take(step.tokens.len()) {
+                let block = step.blocks[at / block_tokens];
+                self.places[block.0 as usize][at % block_tokens] = GARBAGE;
+            }
+        }
+        self.steps += 1;
+        self.handle(BatcherInput::StepFailed);
+    }
+
     /// Runs until nothing is left to do.
     pub fn run(&mut self) {
         while let Some(cost) = self.begin_step() {
@@ -232,6 +247,10 @@ impl Random {
     pub fn below(&mut self, n: usize) -> usize {
         (self.next() % n as u64) as usize
     }
+
+    pub fn one_in(&mut self, n: usize) -> bool {
+        self.below(n) == 0
+    }
 }
 
 pub fn identity() -> NumericalIdentity {
@@ -276,6 +295,8 @@ fn mix(a: u64, b: u64) -> u64 {
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
 }
+
+const GARBAGE: u64 = 0;
 
 pub const STEP_COST: Duration = Duration::from_millis(10);
 pub const TOKEN_COST: Duration = Duration::from_micros(200);
