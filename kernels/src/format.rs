@@ -66,17 +66,17 @@ impl Format {
     }
 
     /// Elements in a block: the smallest piece that can be stored.
-    pub fn block_len(self) -> usize {
+    pub const fn block_len(self) -> usize {
         self.row().2
     }
 
     /// Bytes of a block.
-    pub fn block_bytes(self) -> usize {
+    pub const fn block_bytes(self) -> usize {
         self.row().3
     }
 
     /// Whether elements share scales, so that a block has more than one element.
-    pub fn is_quantized(self) -> bool {
+    pub const fn is_quantized(self) -> bool {
         self.block_len() > 1
     }
 

@@ -18,9 +18,12 @@ mod scalar;
 pub use activations::Activations;
 pub use matrix::{Matrix, PackError};
 
-pub(crate) use activations::QuantBlock;
-pub(crate) use layout::{Bits, Layout, PANEL};
+pub(crate) use activations::{DIRECT_TOKENS, QuantBlock, SMALLEST, TILE};
+pub(crate) use layout::{Bits, Layout, PANEL, STEP, Shape, with_shape};
 
+#[cfg(target_arch = "x86_64")]
+use crate::arch::avx512;
+use crate::format::Format;
 use crate::isa::Isa;
 use crate::pool::ThreadPool;
 
@@ -52,6 +55,9 @@ pub fn matmul_many(
     }
     if let Some(quantized) = weights.iter().find(|w| w.layout().is_some()) {
         x.quantize(pool, quantized.isa());
+    }
+    if weights.iter().any(|w| w.layout().is_none() && w.isa() > Isa::Scalar) {
+        x.interleave(pool);
     }
     let x = &*x;
     let mut jobs = [None; MATRICES_MAX];
@@ -103,11 +109,19 @@ impl Job<'_> {
         let first = unsafe { self.out.add(panel * PANEL) };
         let out = PanelOut { first, stride: w.rows(), rows };
         let bytes = w.panel(panel);
-        match w.isa() {
-            Isa::Scalar | Isa::Avx2 | Isa::Avx512 => match w.layout() {
-                Some(layout) => scalar::quantized(layout, bytes, x, &out),
-                None => scalar::floats(w.format(), bytes, x, &out),
-            },
+        match (w.isa(), w.layout()) {
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx512, Some(_)) => {
+                // SAFETY: `Matrix::pack` made sure that the CPU has the matrix's instruction set.
+                with_shape!(w.format(), S => unsafe { avx512::quantized::<S>(bytes, x, &out) })
+            }
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx512, None) => {
+                // SAFETY: as above.
+                unsafe { avx512::floats(w.format(), bytes, x, &out) }
+            }
+            (_, Some(layout)) => scalar::quantized(layout, bytes, x, &out),
+            (_, None) => scalar::floats(w.format(), bytes, x, &out),
         }
     }
 }
@@ -124,7 +138,7 @@ impl PanelOut {
     ///
     /// # Safety
     /// `token` is below the number of tokens of the call.
-    unsafe fn store(&self, token: usize, values: &[f32; PANEL]) {
+    pub unsafe fn store(&self, token: usize, values: &[f32; PANEL]) {
         // SAFETY: `matmul_many` checked that the output holds tokens x stride elements, and the
         // panel's rows end at or before the stride.
         unsafe {

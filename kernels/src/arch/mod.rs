@@ -2,4 +2,6 @@
 //! the caller must know that the CPU has the features that it names.
 
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
+#[cfg(target_arch = "x86_64")]
 pub(crate) mod f16c;

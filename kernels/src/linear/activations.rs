@@ -15,6 +15,8 @@ pub struct Activations {
     values: Vec<f32>,
     blocks: Vec<QuantBlock>,
     quantized: bool,
+    tiles: Vec<f32>,
+    interleaved: bool,
 }
 
 /// 32 inputs of a token as integers: `value = scale * code`. One cache line.
@@ -31,6 +33,17 @@ pub(crate) struct QuantBlock {
     pub offset: i32,
     pub offsets: [i32; 2],
     pub pad: u32,
+}
+
+impl QuantBlock {
+    /// Keeps the sums of the first and last 16 codes in all forms that kernels want.
+    #[inline]
+    pub fn set_sums(&mut self, sums: [i32; 2]) {
+        self.sums = sums.map(|sum| sum as f32);
+        self.sum = (sums[0] + sums[1]) as f32;
+        self.offsets = sums.map(|sum| -128 * sum);
+        self.offset = -128 * (sums[0] + sums[1]);
+    }
 }
 
 impl Activations {
@@ -66,7 +79,7 @@ impl Activations {
 
     /// The inputs for writing; their eight-bit form is made anew when it is needed next.
     pub fn values_mut(&mut self) -> &mut [f32] {
-        self.quantized = false;
+        (self.quantized, self.interleaved) = (false, false);
         &mut self.values[..self.tokens * self.cols]
     }
 
@@ -93,10 +106,52 @@ impl Activations {
                 // SAFETY: each token belongs to one task, and `blocks` holds `stride` of them
                 // for each token.
                 let blocks = unsafe { start.row(token * stride, cols / STEP) };
-                quantize_row(values, blocks);
+                match isa {
+                    #[cfg(target_arch = "x86_64")]
+                    // SAFETY: the CPU was asserted to have the instruction set.
+                    Isa::Avx512 => unsafe { crate::arch::avx512::quantize_row(values, blocks) },
+                    _ => quantize_row(values, blocks),
+                }
             }
         });
         self.quantized = true;
+    }
+
+    /// Makes the form that products with float weights read, if there are more than a few tokens:
+    /// tiles of [`TILE`] tokens with the tokens side by side, `[tile][cols][TILE]`, so that a
+    /// tile reads one stream and not twelve that fall into the same set of the cache.
+    pub(crate) fn interleave(&mut self, pool: &ThreadPool) {
+        if self.interleaved || self.tokens <= DIRECT_TOKENS {
+            return;
+        }
+        let (tokens, cols) = (self.tokens, self.cols);
+        let tiles = tokens.div_ceil(TILE);
+        if self.tiles.len() < tiles * TILE * cols {
+            self.tiles.resize(tiles * TILE * cols, 0.0);
+        }
+        let values = &self.values;
+        let out = &mut self.tiles[..tiles * TILE * cols];
+        pool.run_chunks(out, (TILE * cols).max(1), |tile, out| {
+            for t in 0..TILE.min(tokens - tile * TILE) {
+                let row = &values[(tile * TILE + t) * cols..][..cols];
+                for (v, out) in row.iter().zip(out.chunks_exact_mut(TILE)) {
+                    out[t] = *v;
+                }
+            }
+        });
+        self.interleaved = true;
+    }
+
+    /// The tokens `token..` of a tile, as a pointer to the first input of the first of them, the
+    /// distance to the next token and the distance to the next column.
+    ///
+    /// Tiles begin at multiples of [`TILE`] tokens, unless there are [`DIRECT_TOKENS`] or fewer.
+    pub(crate) fn tile(&self, token: usize) -> (*const f32, usize, usize) {
+        if self.tokens <= DIRECT_TOKENS {
+            return (self.values[token * self.cols..].as_ptr(), self.cols, 1);
+        }
+        debug_assert!(self.interleaved);
+        (self.tiles[token / TILE * TILE * self.cols + token % TILE..].as_ptr(), 1, TILE)
     }
 
     /// The blocks of one token.
@@ -138,12 +193,15 @@ fn quantize_block(values: &[f32; STEP]) -> QuantBlock {
         *code = (v * inverse).round_ties_even() as i8;
         sums[i / 16] += i32::from(*code);
     }
-    block.sums = sums.map(|sum| sum as f32);
-    block.sum = (sums[0] + sums[1]) as f32;
-    block.offsets = sums.map(|sum| -128 * sum);
-    block.offset = -128 * (sums[0] + sums[1]);
+    block.set_sums(sums);
     block
 }
+
+/// Tokens of a tile of float inputs.
+pub(crate) const TILE: usize = 12;
+
+/// Up to so many tokens, float inputs are read where they are.
+pub(crate) const DIRECT_TOKENS: usize = 4;
 
 /// The start of the blocks that tasks write disjoint parts of.
 struct Start(*mut QuantBlock);
@@ -162,7 +220,7 @@ impl Start {
 }
 
 /// Blocks below this magnitude are zero: their inverse would overflow.
-const SMALLEST: f32 = 1e-30;
+pub(crate) const SMALLEST: f32 = 1e-30;
 
 /// Values that a task quantizes: enough to be worth handing out.
 const VALUES_PER_TASK: usize = 8192;

@@ -47,7 +47,7 @@ pub(crate) struct Layout {
 
 impl Layout {
     /// The layout of a format; none for floats.
-    pub fn of(format: Format) -> Option<Layout> {
+    pub const fn of(format: Format) -> Option<Layout> {
         let bits = match format {
             Format::F32 | Format::F16 | Format::BF16 => return None,
             Format::Q4_0 | Format::Q4_1 | Format::Q4_K | Format::Q2_K | Format::Q3_K => Bits::Four,
@@ -66,46 +66,46 @@ impl Layout {
     }
 
     /// Bytes in front of every eight steps.
-    pub fn header_bytes(&self) -> usize {
-        if self.nested { 2 * PANEL * (1 + usize::from(self.mins)) } else { 0 }
+    pub const fn header_bytes(&self) -> usize {
+        if self.nested { 2 * PANEL * (1 + self.mins as usize) } else { 0 }
     }
 
     /// Bytes of a step's scales and minimums.
-    pub fn scale_bytes(&self) -> usize {
+    pub const fn scale_bytes(&self) -> usize {
         let each = if self.nested { PANEL * STEP / self.sub_len } else { 2 * PANEL };
-        each * (1 + usize::from(self.mins))
+        each * (1 + self.mins as usize)
     }
 
     /// Bytes of a step's codes.
-    pub fn code_bytes(&self) -> usize {
+    pub const fn code_bytes(&self) -> usize {
         PANEL * self.bits.vectors() * 4
     }
 
     /// Bytes of a step.
-    pub fn step_bytes(&self) -> usize {
+    pub const fn step_bytes(&self) -> usize {
         self.scale_bytes() + self.code_bytes()
     }
 
     /// Steps behind one header, or one where there are none.
-    pub fn group(&self) -> usize {
+    pub const fn group(&self) -> usize {
         if self.nested { NEST } else { 1 }
     }
 
     /// Bytes of a panel with this many columns.
-    pub fn panel_bytes(&self, cols: usize) -> usize {
+    pub const fn panel_bytes(&self, cols: usize) -> usize {
         let groups = cols / (STEP * self.group());
         groups * (self.header_bytes() + self.group() * self.step_bytes())
     }
 
     /// The stored code that means zero.
-    pub fn zero(&self) -> i32 {
+    pub const fn zero(&self) -> i32 {
         if self.mins { 0 } else { self.bits.middle() }
     }
 }
 
 impl Bits {
     /// Vectors of 16 rows x 4 bytes that hold the codes of 16 rows x 32 columns.
-    pub fn vectors(self) -> usize {
+    pub const fn vectors(self) -> usize {
         match self {
             Bits::Four | Bits::Levels => 4,
             Bits::Six => 6,
@@ -113,7 +113,7 @@ impl Bits {
         }
     }
 
-    fn middle(self) -> i32 {
+    const fn middle(self) -> i32 {
         match self {
             Bits::Four => 8,
             Bits::Levels => 0,
@@ -122,6 +122,33 @@ impl Bits {
         }
     }
 }
+
+/// A layout known at compile time, for kernels that are made for each.
+pub(crate) trait Shape {
+    const LAYOUT: Layout;
+}
+
+/// Evaluates an expression with the [`Shape`] of a quantized format.
+macro_rules! with_shape {
+    ($format:expr, $shape:ident => $body:expr) => {
+        with_shape!($format, $shape => $body,
+            Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS)
+    };
+    ($format:expr, $shape:ident => $body:expr, $($name:ident)*) => {
+        match $format {
+            $(Format::$name => {
+                struct $shape;
+                impl $crate::linear::Shape for $shape {
+                    const LAYOUT: $crate::linear::Layout =
+                        $crate::linear::Layout::of(Format::$name).expect("a quantized format");
+                }
+                $body
+            })*
+            Format::F32 | Format::F16 | Format::BF16 => unreachable!("floats have no layout"),
+        }
+    };
+}
+pub(crate) use with_shape;
 
 /// Columns of a step.
 pub(crate) const STEP: usize = 32;

@@ -1,0 +1,49 @@
+//! Inputs as eight-bit integers, a block of 32 at a time.
+
+use std::arch::x86_64::*;
+
+use crate::linear::{QuantBlock, SMALLEST, STEP};
+
+/// Quantizes the inputs of one token: the bits of the portable version.
+///
+/// # Safety
+/// The CPU has AVX-512 F, BW and VL.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+pub unsafe fn quantize_row(values: &[f32], blocks: &mut [QuantBlock]) {
+    for (values, block) in values.as_chunks::<STEP>().0.iter().zip(blocks) {
+        // SAFETY: a block has 32 values, two registers.
+        let v =
+            unsafe { [_mm512_loadu_ps(values.as_ptr()), _mm512_loadu_ps(values.as_ptr().add(16))] };
+        *block = quantize_block(v);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn quantize_block(v: [__m512; 2]) -> QuantBlock {
+    let mut block = QuantBlock::default();
+    let magnitude = v.map(|v| _mm512_castps_si512(_mm512_abs_ps(v)));
+    // As integers, magnitudes are in the same order, with the NaNs above infinity.
+    let largest = _mm512_reduce_max_epu32(_mm512_max_epu32(magnitude[0], magnitude[1]));
+    let largest = f32::from_bits(largest);
+    if !largest.is_finite() {
+        block.scale = f32::NAN;
+        return block;
+    }
+    if largest < SMALLEST {
+        return block;
+    }
+    block.scale = largest / 127.0;
+    let inverse = _mm512_set1_ps(127.0 / largest);
+    let codes = v.map(|v| _mm512_cvtps_epi32(_mm512_mul_ps(v, inverse)));
+    let sums = codes.map(|codes| _mm512_reduce_add_epi32(codes));
+    for (h, codes) in codes.into_iter().enumerate() {
+        // SAFETY: the codes have room for two registers of sixteen bytes.
+        unsafe {
+            let to = block.codes.as_mut_ptr().add(16 * h);
+            _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(codes));
+        }
+    }
+    block.set_sums(sums);
+    block
+}
