@@ -2,13 +2,13 @@
 //! "keys and values" are fingerprints of the prefix they stand for. It checks on every step what a
 //! real executor has to trust.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use cache::{BlockId, IdentityParts, NumericalIdentity, TenantSalt};
 use protocol::{Duration, Instant, Machine, SequenceId, TenantId, TokenId};
 use scheduler::{
-    Batcher, BatcherConfig, BatcherInput, BatcherOutput, LogitsWanted, SequenceKind, StepPlan,
-    StepResult, Submission,
+    Batcher, BatcherConfig, BatcherInput, BatcherOutput, DropReason, LogitsWanted, SequenceKind,
+    StepPlan, StepResult, Submission,
 };
 
 pub struct Replica {
@@ -30,6 +30,7 @@ pub struct Client {
     pub submitted_at: Instant,
     pub first_token_at: Option<Instant>,
     pub ended: Option<BatcherOutput>,
+    started: bool,
     /// Tokens computed or cached, since it last got blocks.
     computed: Option<usize>,
     /// Tokens of its own that were computed, over all steps.
@@ -60,6 +61,7 @@ impl Replica {
             submitted_at: self.now,
             first_token_at: None,
             ended: None,
+            started: false,
             computed: None,
             tokens_computed: 0,
             preemptions: 0,
@@ -73,7 +75,15 @@ impl Replica {
     pub fn handle(&mut self, input: BatcherInput) {
         let mut out = Vec::new();
         self.batcher.handle(self.now, input, &mut out);
+        let mut preempted = BTreeSet::new();
         for output in out {
+            match &output {
+                BatcherOutput::Preempted { sequence } => assert!(preempted.insert(*sequence)),
+                BatcherOutput::Resumed { sequence, .. } => {
+                    assert!(!preempted.contains(sequence), "{sequence} goes round in circles");
+                }
+                _ => {}
+            }
             self.observe(&output);
             self.transcript.push((self.now, output));
         }
@@ -157,6 +167,7 @@ impl Replica {
                 let client = self.sequences.get_mut(sequence).expect("submitted");
                 assert!(client.ended.is_none() && client.computed.is_none());
                 client.computed = Some(*cached_tokens);
+                client.started = true;
             }
             BatcherOutput::Preempted { sequence } => {
                 let client = self.sequences.get_mut(sequence).expect("submitted");
@@ -166,6 +177,12 @@ impl Replica {
                 client.table.clear();
             }
             BatcherOutput::Finished { sequence, .. } | BatcherOutput::Dropped { sequence, .. } => {
+                if let BatcherOutput::Dropped { reason: DropReason::QueueFull { .. }, .. } = output
+                {
+                    let waits = |c: &&Client| c.ended.is_none() && !c.started;
+                    let others = self.sequences.values().filter(waits).count() - 1;
+                    assert!(others >= self.batcher.config().waiting_max, "the queue has room");
+                }
                 let in_step =
                     |plan: &StepPlan| plan.sequences.iter().any(|s| s.sequence == *sequence);
                 let busy = self.plan.as_ref().is_some_and(in_step);

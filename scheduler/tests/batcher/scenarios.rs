@@ -318,6 +318,39 @@ fn a_full_queue_refuses_with_a_time_to_come_back() {
 }
 
 #[test]
+fn prompts_admitted_do_not_take_each_others_blocks() {
+    let mut replica = replica(100);
+    for (id, tenant) in ["a", "b", "c"].into_iter().enumerate() {
+        replica.submit(submission(id as u64, tenant, tokens(id as u64, 60 * 16), 1));
+    }
+    replica.run();
+    replica.assert_quiescent();
+    assert_eq!(replica.batcher.stats().preemptions, 0);
+    assert!(replica.sequences.values().all(|client| client.tokens_computed == 60 * 16));
+}
+
+#[test]
+fn a_large_prompt_is_not_passed_by_for_ever_by_small_ones() {
+    let mut replica = replica(100);
+    let small = |id: u64| submission(id, ["a", "c"][id as usize % 2], tokens(id, 300), 20);
+    for id in 1..=4 {
+        replica.submit(small(id));
+    }
+    replica.submit(submission(100, "b", tokens(100, 1500), 1));
+    for id in 5..80 {
+        if let Some(cost) = replica.begin_step() {
+            replica.now = replica.now + cost;
+            replica.end_step(|_| false);
+        }
+        replica.submit(small(id));
+    }
+    replica.run();
+    replica.assert_quiescent();
+    let at = |id| replica.sequences[&SequenceId(id)].first_token_at.expect("served");
+    assert!((20..80).all(|id| at(100) < at(id)), "later ones of other tenants came first");
+}
+
+#[test]
 fn a_failed_step_ends_its_sequences_and_leaves_no_trace() {
     let mut replica = replica(200);
     replica.submit(submission(1, "a", tokens(1, 300), 5));
