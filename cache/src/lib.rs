@@ -1,4 +1,9 @@
 //! Names and counts of KV blocks; never their bytes.
+//!
+//! Owns: what a block is called ([`HashChain`]), which block holds what and who may write it
+//! ([`BlockPool`]). The rules that keep one sequence from reading another's keys live here: only full
+//! blocks have names, a block with a name is never written, names are keyed with the tenant's salt.
+//! Refuses: IO, tensors, policy.
 
 mod block;
 mod hash;

@@ -1,6 +1,7 @@
 //! What an operator may set, and what a wrong value does.
 
 use cache::{BLOCK_TOKENS_DEFAULT, NumericalIdentity};
+use protocol::Duration;
 use thiserror::Error;
 
 /// Limits of one replica's batcher. [`BatcherConfig::new`] fills in the defaults.
@@ -36,6 +37,13 @@ pub struct BatcherConfig {
     /// large (no harm above `tokens_per_step_max`): a short prompt waits for a long one that came
     /// first. Default 512.
     pub prefill_chunk_max: usize,
+    /// Unit: time of a step that decodes take part in, thus the longest pause between two tokens of a
+    /// stream while others' prompts are computed. Prompt tokens per step are then `(target - time of
+    /// decodes alone) / time of a prompt token`, both measured, at least 32 and within
+    /// `tokens_per_step_max`. Too small: prompts take long. Too large, or `None`: a pause of
+    /// `tokens_per_step_max / prompt tokens per second`; on a CPU that can be seconds, but there are
+    /// fewer of them. Default `None`.
+    pub step_time_target: Option<Duration>,
     /// Unit: uncached prompt tokens that a tenant may prefill before it is the next one's turn (the
     /// quantum of deficit round robin). Too small: chunks are cut into crumbs when many tenants wait.
     /// Too large: the order becomes first come, first served within a step. Default 128.
@@ -70,6 +78,7 @@ impl BatcherConfig {
             blocks,
             context_max,
             prefill_chunk_max: 512,
+            step_time_target: None,
             tenant_quantum_tokens: 128,
             blocks_watermark: blocks / 100,
             identity,

@@ -3,25 +3,18 @@
 //!
 //! Owns: which sequence computes which tokens in the next step, which blocks they go to, who waits,
 //! who is preempted. Refuses: bytes of KV, sampling, clocks.
-//!
-//! The shell's loop: hand over all inputs that have come, then [`BatcherInput::Plan`]; compute the
-//! [`BatcherOutput::Step`] if there is one, and answer with [`BatcherInput::StepDone`]; if there is
-//! none, wait for an input or for [`next_deadline`](Machine::next_deadline). Inputs may come while a
-//! step is in flight, too: a cancelled sequence gets its last word at once, but its blocks stay taken
-//! until the step is done, because the executor may still write them.
-//!
-//! Each sequence gets exactly one last word: `Finished` or `Dropped`.
 
 mod config;
 mod lanes;
 mod message;
+mod pace;
 mod planner;
 mod sequence;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use cache::{BlockPool, HashChain};
-use protocol::{Duration, Instant, Machine, SequenceId};
+use protocol::{Instant, Machine, SequenceId};
 
 pub use config::{BatcherConfig, ConfigError};
 pub use message::{
@@ -30,10 +23,70 @@ pub use message::{
 };
 
 use self::lanes::Lanes;
+use self::pace::Pace;
 use self::sequence::{Phase, Rank, Sequence};
 use crate::LogitsWanted;
 
 /// The batcher of one replica.
+///
+/// The shell's loop: hand over all inputs that have come, then [`BatcherInput::Plan`]; compute the
+/// [`BatcherOutput::Step`] if there is one, and answer with [`BatcherInput::StepDone`]; if there is
+/// none, wait for an input or for [`next_deadline`](Machine::next_deadline). Inputs may come while a
+/// step is in flight, too: a cancelled sequence gets its last word at once, but its blocks stay taken
+/// until the step is done, because the executor may still write them.
+///
+/// Each sequence gets exactly one last word: `Finished` or `Dropped`.
+///
+/// ```
+/// use cache::{IdentityParts, NumericalIdentity, TenantSalt};
+/// use protocol::{Instant, Machine, SequenceId, TenantId};
+/// use scheduler::{
+///     Batcher, BatcherConfig, BatcherInput, BatcherOutput, LogitsWanted, SequenceKind, StepResult,
+///     Submission,
+/// };
+///
+/// let identity = NumericalIdentity::new(&IdentityParts {
+///     weights: b"digest",
+///     architecture: "llama",
+///     kv_dtype: "f16",
+///     rope: "",
+///     adapter: "",
+/// });
+/// let mut batcher = Batcher::new(BatcherConfig::new(1000, 4096, identity))?;
+/// let tenant = TenantId::local();
+/// let submission = Submission {
+///     sequence: SequenceId(1),
+///     salt: TenantSalt::derive(&[7; 32], &tenant),
+///     tenant,
+///     priority: 0,
+///     tokens: vec![1, 2, 3],
+///     max_new_tokens: 2,
+///     deadline: None,
+///     reuse_prefix: true,
+///     kind: SequenceKind::Generate,
+/// };
+/// let (now, mut out) = (Instant::ORIGIN, Vec::new());
+/// batcher.handle(now, BatcherInput::Submit(submission), &mut out);
+/// let mut steps = 0;
+/// while batcher.has_work() {
+///     batcher.handle(now, BatcherInput::Plan, &mut out);
+///     for output in std::mem::take(&mut out) {
+///         let BatcherOutput::Step(plan) = output else { continue };
+///         let last = plan.sequences.iter().filter(|step| step.wanted == LogitsWanted::Last);
+///         let results = last.map(|step| StepResult {
+///             sequence: step.sequence,
+///             token: Some(42), // what the executor and the sampler made of it
+///             finished: false,
+///         });
+///         let done = BatcherInput::StepDone { results: results.collect() };
+///         batcher.handle(now, done, &mut out);
+///         steps += 1;
+///     }
+/// }
+/// assert_eq!(steps, 2);
+/// assert!(matches!(out[..], [BatcherOutput::Finished { .. }]));
+/// # Ok::<(), scheduler::ConfigError>(())
+/// ```
 #[derive(Debug)]
 pub struct Batcher {
     config: BatcherConfig,
@@ -49,9 +102,7 @@ pub struct Batcher {
     next_ticket: u64,
     /// Waiting sequences that have never run.
     queued: usize,
-    last_end: Option<Instant>,
-    /// Moving average over the ends of sequences that ran.
-    between_ends: Duration,
+    pace: Pace,
     stats: BatcherStats,
 }
 
@@ -70,8 +121,7 @@ impl Batcher {
             step: 0,
             next_ticket: 0,
             queued: 0,
-            last_end: None,
-            between_ends: Duration::ZERO,
+            pace: Pace::default(),
             stats: BatcherStats::default(),
         })
     }
@@ -140,13 +190,7 @@ impl Batcher {
         // Places that are free now are filled by the next step: those who take them do not wait.
         let places = self.config.sequences_max.saturating_sub(self.running.len());
         (self.queued >= self.config.waiting_max + places)
-            .then(|| DropReason::QueueFull { retry_after: self.retry_after() })
-    }
-
-    /// When half of the queue will have moved up: half its length times the mean time between ends.
-    fn retry_after(&self) -> Duration {
-        let half = u32::try_from(self.queued / 2).unwrap_or(u32::MAX);
-        self.between_ends.saturating_mul(half).clamp(RETRY_AFTER_MIN, RETRY_AFTER_MAX)
+            .then(|| DropReason::QueueFull { retry_after: self.pace.retry_after(self.queued) })
     }
 
     fn step_done(&mut self, now: Instant, results: &[StepResult], out: &mut Vec<BatcherOutput>) {
@@ -249,7 +293,7 @@ impl Batcher {
             self.queued -= usize::from(!sequence.started);
         } else {
             self.running.remove(&sequence.rank());
-            self.note_end(now);
+            self.pace.sequence_ended(now);
         }
         let sequence = self.sequence_mut(id);
         if sequence.planned > 0 {
@@ -263,13 +307,6 @@ impl Batcher {
         if let Some(mut sequence) = self.sequences.remove(&id) {
             sequence.release(&mut self.pool);
         }
-    }
-
-    fn note_end(&mut self, now: Instant) {
-        if let Some(last) = self.last_end {
-            self.between_ends = (self.between_ends * 7 + now.saturating_since(last)) / 8;
-        }
-        self.last_end = Some(now);
     }
 
     fn expire(&mut self, now: Instant, out: &mut Vec<BatcherOutput>) {
@@ -298,6 +335,7 @@ impl Machine for Batcher {
             BatcherInput::Cancel(id) => self.drop_sequence(now, id, DropReason::Cancelled, out),
             BatcherInput::StepDone { results } => {
                 assert!(self.is_computing(), "no step is in flight");
+                self.pace.end_step(now);
                 self.step_done(now, &results, out);
             }
             BatcherInput::StepFailed => {
@@ -307,7 +345,7 @@ impl Machine for Batcher {
             BatcherInput::Plan | BatcherInput::Tick => {}
         }
         self.expire(now, out);
-        if plan && let Some(step) = self.plan(out) {
+        if plan && let Some(step) = self.plan(now, out) {
             out.push(BatcherOutput::Step(step));
         }
     }
@@ -317,6 +355,3 @@ impl Machine for Batcher {
         self.deadlines.first().map(|(at, _)| *at)
     }
 }
-
-const RETRY_AFTER_MIN: Duration = Duration::from_secs(1);
-const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);

@@ -4,9 +4,12 @@
 //! fits, so each step that has work computes at least one token of it. Why it ends: ranks of one
 //! priority are tickets, which preemption does not change.
 
-use protocol::{SequenceId, TenantId};
+use std::cmp::Reverse;
 
-use super::sequence::{Phase, Rank};
+use cache::{BlockId, Lookup};
+use protocol::{Instant, SequenceId, TenantId};
+
+use super::sequence::{Phase, Rank, Sequence};
 use super::{Batcher, BatcherOutput};
 use crate::{SequenceStep, StepPlan};
 
@@ -43,19 +46,23 @@ enum Visit {
 
 impl Batcher {
     /// The next step, or `None` if nothing can be computed. Requires that no step is in flight.
-    pub(super) fn plan(&mut self, out: &mut Vec<BatcherOutput>) -> Option<StepPlan> {
+    pub(super) fn plan(&mut self, now: Instant, out: &mut Vec<BatcherOutput>) -> Option<StepPlan> {
         assert!(self.in_flight.is_empty(), "one step at a time");
         self.step += 1;
         let mut draft =
             Draft { budget: self.config.tokens_per_step_max, reserved: 0, floor: i16::MIN };
         self.plan_decodes(&mut draft, out);
+        let decodes = draft.budget < self.config.tokens_per_step_max;
+        if let Some(target) = self.config.step_time_target.filter(|_| decodes) {
+            draft.budget = draft.budget.min(self.pace.prompt_tokens_within(target));
+        }
         draft.reserved = self.blocks_reserved();
         let mut priority = self.lanes.next_priority(None);
         while let Some(level) = priority {
             self.plan_level(level, &mut draft, out);
             priority = self.lanes.next_priority(Some(level));
         }
-        self.write_plan()
+        self.write_plan(now)
     }
 
     fn plan_decodes(&mut self, draft: &mut Draft, out: &mut Vec<BatcherOutput>) {
@@ -251,7 +258,6 @@ impl Batcher {
     /// How many blocks of a waiting sequence the cache has, or `None` if it is better to wait because
     /// another sequence computes the next one. That one then gets this one's priority.
     fn ready_blocks(&mut self, id: SequenceId) -> Option<usize> {
-        use cache::Lookup;
         let sequence = self.sequences.get_mut(&id).expect("waiting sequences exist");
         let reusable = sequence.reusable_blocks(self.config.block_tokens);
         let Some(chain) = &sequence.chain else { return Some(0) };
@@ -304,7 +310,8 @@ impl Batcher {
                 return false;
             }
             must_preempt = true;
-            if !self.preempt_lower(priority, draft, out) {
+            // Worse than the last of this priority: of a lower one.
+            if !self.preempt_below((Reverse(priority), u64::MAX), draft, out) {
                 return false;
             }
             draft.floor = draft.floor.max(i16::from(priority));
@@ -319,7 +326,7 @@ impl Batcher {
                 break;
             }
             let sequence = &self.sequences[id];
-            let own = |b: &&cache::BlockId| self.pool.references(**b) == 1;
+            let own = |b: &&BlockId| self.pool.references(**b) == 1;
             blocks += sequence.blocks.iter().filter(own).count();
             reserved += self.blocks_missing(sequence);
             places += 1;
@@ -328,22 +335,6 @@ impl Batcher {
         let watermark = if others == 0 { 0 } else { self.config.blocks_watermark as usize };
         let taken = need + draft.reserved.saturating_sub(reserved) + watermark;
         places > 0 && others < self.config.sequences_max && self.pool.available() + blocks >= taken
-    }
-
-    fn preempt_lower(
-        &mut self,
-        priority: i8,
-        draft: &mut Draft,
-        out: &mut Vec<BatcherOutput>,
-    ) -> bool {
-        // A ticket of 0 is the best of its priority: only lower ones are worse, or it has no equal.
-        match self.running.last_key_value() {
-            Some((rank, _)) if rank.0.0 < priority => {
-                let below = (std::cmp::Reverse(priority), u64::MAX);
-                self.preempt_below(below, draft, out)
-            }
-            _ => false,
-        }
     }
 
     /// Sends the running sequence of the worst rank back to wait, if its rank is worse than `rank`.
@@ -358,13 +349,10 @@ impl Batcher {
             return false;
         }
         self.running.remove(&worst);
+        let missing = self.blocks_missing(&self.sequences[&id]);
         let sequence = self.sequences.get_mut(&id).expect("running sequences exist");
         draft.budget += sequence.planned;
-        if sequence.phase == Phase::Prefill {
-            let missing =
-                sequence.tokens.len().div_ceil(self.config.block_tokens) - sequence.blocks.len();
-            draft.reserved = draft.reserved.saturating_sub(missing);
-        }
+        draft.reserved = draft.reserved.saturating_sub(missing);
         sequence.release(&mut self.pool);
         let (phase, priority) = (sequence.phase, sequence.effective_priority);
         sequence.phase = Phase::Waiting;
@@ -395,7 +383,7 @@ impl Batcher {
     }
 
     /// Blocks that the rest of a running prompt will take.
-    fn blocks_missing(&self, sequence: &super::sequence::Sequence) -> usize {
+    fn blocks_missing(&self, sequence: &Sequence) -> usize {
         match sequence.phase {
             Phase::Prefill => {
                 sequence.tokens.len().div_ceil(self.config.block_tokens) - sequence.blocks.len()
@@ -404,8 +392,9 @@ impl Batcher {
         }
     }
 
-    fn write_plan(&mut self) -> Option<StepPlan> {
+    fn write_plan(&mut self, now: Instant) -> Option<StepPlan> {
         let mut plan = StepPlan::default();
+        let mut prompt_tokens = 0;
         for id in self.running.values() {
             let sequence = &self.sequences[id];
             let (start, end) = (sequence.computed, sequence.computed + sequence.planned);
@@ -416,6 +405,9 @@ impl Batcher {
             let covering = &sequence.blocks[..end.div_ceil(block_tokens)];
             for &block in &covering[start / block_tokens..] {
                 assert!(self.pool.is_writable(block), "{id} would write what others can read");
+            }
+            if sequence.phase == Phase::Prefill {
+                prompt_tokens += sequence.planned;
             }
             self.in_flight.push(*id);
             plan.sequences.push(SequenceStep {
@@ -431,6 +423,7 @@ impl Batcher {
         }
         let tokens = plan.token_count();
         assert!(tokens <= self.config.tokens_per_step_max, "a step of {tokens} tokens");
+        self.pace.begin_step(now, prompt_tokens);
         self.stats.steps += 1;
         self.stats.computed_tokens += tokens as u64;
         Some(plan)

@@ -4,7 +4,7 @@ use crate::replica::{Replica, STEP_COST, identity, submission, tokens};
 use protocol::{Duration, Instant, Machine, SequenceId};
 use scheduler::{
     BatcherConfig, BatcherInput, BatcherOutput, DropReason, FinishReason, LogitsWanted,
-    SequenceKind, Submission,
+    SequenceKind, StepResult, Submission,
 };
 
 fn replica(blocks: u32) -> Replica {
@@ -348,6 +348,53 @@ fn a_large_prompt_is_not_passed_by_for_ever_by_small_ones() {
     replica.assert_quiescent();
     let at = |id| replica.sequences[&SequenceId(id)].first_token_at.expect("served");
     assert!((20..80).all(|id| at(100) < at(id)), "later ones of other tenants came first");
+}
+
+#[test]
+fn a_target_bounds_the_pause_of_streams_while_a_prompt_is_computed() {
+    let target = Duration::from_millis(40);
+    let config = BatcherConfig {
+        step_time_target: Some(target),
+        ..BatcherConfig::new(1000, 4096, identity())
+    };
+    let mut replica = Replica::new(config);
+    replica.submit(submission(1, "a", tokens(1, 300), 200));
+    for _ in 0..3 {
+        let cost = replica.begin_step().expect("work");
+        replica.now = replica.now + cost;
+        replica.end_step(|_| false);
+    }
+    replica.submit(submission(2, "a", tokens(2, 3000), 1));
+    let mut steps = 0;
+    while replica.sequences[&SequenceId(2)].ended.is_none() {
+        let cost = replica.begin_step().expect("work");
+        assert!(cost <= target + STEP_COST, "{cost:?}");
+        replica.now = replica.now + cost;
+        replica.end_step(|_| false);
+        steps += 1;
+    }
+    // 10 ms for a step and 0.2 ms for a token leave room for about 149 prompt tokens in each.
+    assert!((20..30).contains(&steps), "{steps} steps");
+}
+
+#[test]
+fn answers_that_do_not_fit_the_step_are_harmless() {
+    let mut replica = replica(200);
+    for id in 1..=2 {
+        replica.submit(submission(id, "a", tokens(id, 50), 5));
+    }
+    replica.handle(BatcherInput::Cancel(SequenceId(99)));
+    replica.begin_step().expect("work");
+    let steps = replica.batcher.stats().steps;
+    replica.handle(BatcherInput::Plan);
+    assert_eq!(replica.batcher.stats().steps, steps, "a step is in flight");
+    let result = |id, token, finished| StepResult { sequence: SequenceId(id), token, finished };
+    // No token for the first, the end without a token for the second, one that nobody knows.
+    let results = vec![result(2, None, true), result(99, Some(1), false)];
+    replica.handle(BatcherInput::StepDone { results });
+    assert_eq!(ended(&replica, 1), dropped(1, DropReason::StepFailed));
+    assert_eq!(ended(&replica, 2), finished(2, FinishReason::Stop));
+    replica.assert_quiescent();
 }
 
 #[test]

@@ -105,6 +105,8 @@ fn invent(random: &mut Random) -> Day {
     config.prefill_chunk_max = 1 + random.below(80);
     config.tenant_quantum_tokens = 1 + random.below(64);
     config.blocks_watermark = random.below(4) as u32;
+    let target = Duration::from_millis(random.below(40) as u64);
+    config.step_time_target = random.one_in(2).then_some(target);
     let mut events = Vec::new();
     for id in 0..20 + random.below(40) as u64 {
         let at = Instant::from_millis(random.below(2000) as u64);

@@ -1,0 +1,71 @@
+//! What steps and places have cost of late: moving averages of measured times.
+
+use protocol::{Duration, Instant};
+
+#[derive(Debug, Default)]
+pub(super) struct Pace {
+    began: Instant,
+    prompt_tokens: usize,
+    /// A step of decodes alone.
+    decode_step: Option<Duration>,
+    /// What one prompt token adds to a step.
+    prompt_token: Option<Duration>,
+    last_end: Option<Instant>,
+    /// From one end of a sequence that ran to the next.
+    between_ends: Duration,
+}
+
+impl Pace {
+    /// A step with so many prompt tokens is handed out.
+    pub fn begin_step(&mut self, now: Instant, prompt_tokens: usize) {
+        (self.began, self.prompt_tokens) = (now, prompt_tokens);
+    }
+
+    pub fn end_step(&mut self, now: Instant) {
+        let took = now.saturating_since(self.began);
+        match u32::try_from(self.prompt_tokens).unwrap_or(u32::MAX) {
+            0 => self.decode_step = Some(average(self.decode_step, took)),
+            n => {
+                // What the decodes of the step would have cost anyway is not the prompt's: with it, few
+                // prompt tokens would look dear and become ever fewer.
+                let added = took.saturating_sub(self.decode_step.unwrap_or_default()) / n;
+                self.prompt_token = Some(average(self.prompt_token, added));
+            }
+        }
+    }
+
+    /// Prompt tokens that fit beside the decodes into a step of `target`; no limit while nothing has
+    /// been measured.
+    pub fn prompt_tokens_within(&self, target: Duration) -> usize {
+        let Some(each) = self.prompt_token.filter(|each| !each.is_zero()) else {
+            return usize::MAX;
+        };
+        let left = target.saturating_sub(self.decode_step.unwrap_or_default());
+        let fit = usize::try_from(left.as_nanos() / each.as_nanos()).unwrap_or(usize::MAX);
+        fit.max(PROMPT_TOKENS_MIN)
+    }
+
+    pub fn sequence_ended(&mut self, now: Instant) {
+        if let Some(last) = self.last_end {
+            self.between_ends = average(Some(self.between_ends), now.saturating_since(last));
+        }
+        self.last_end = Some(now);
+    }
+
+    /// When half of `queued` sequences will have moved up: half their number times the mean time
+    /// between ends.
+    pub fn retry_after(&self, queued: usize) -> Duration {
+        let half = u32::try_from(queued / 2).unwrap_or(u32::MAX);
+        self.between_ends.saturating_mul(half).clamp(RETRY_AFTER_MIN, RETRY_AFTER_MAX)
+    }
+}
+
+fn average(before: Option<Duration>, now: Duration) -> Duration {
+    before.map_or(now, |before| (before.saturating_mul(7).saturating_add(now)) / 8)
+}
+
+/// Prompts go on at this rate at least, however slow the machine: below it the weights are read for
+/// too little.
+const PROMPT_TOKENS_MIN: usize = 32;
+const RETRY_AFTER_MIN: Duration = Duration::from_secs(1);
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
