@@ -11,6 +11,7 @@ pub mod float;
 pub mod format;
 pub mod isa;
 pub mod linear;
+pub mod map;
 pub mod ops;
 pub mod pool;
 pub mod quant;

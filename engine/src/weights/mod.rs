@@ -5,10 +5,16 @@
 //! whole and usable, with a sentence that names file, tensor or key, and reason.
 
 mod error;
+mod gguf;
+mod hf;
 mod role;
+mod source;
 mod tensor;
 
 pub use error::ModelError;
+pub use gguf::GgufTokenizer;
+pub use hf::HfTokenizer;
 pub use kernels::format::Format;
 pub use role::TensorRole;
+pub use source::{ModelSource, TokenizerSource};
 pub use tensor::Tensor;

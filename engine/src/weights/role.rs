@@ -92,35 +92,38 @@ impl TensorRole {
 
     /// Every tensor that a model of this description has, in the order of computation. `Output`
     /// is left out where it is the token embedding.
-    pub fn all(config: &DecoderConfig) -> Vec<TensorRole> {
+    pub fn all(config: &DecoderConfig) -> impl Iterator<Item = TensorRole> + '_ {
+        let output = (!config.tied_embeddings).then_some(TensorRole::Output);
+        std::iter::once(TensorRole::TokenEmbedding)
+            .chain((0..config.layers).flat_map(|layer| TensorRole::of_layer(config, layer)))
+            .chain(std::iter::once(TensorRole::OutputNorm))
+            .chain(output)
+    }
+
+    fn of_layer(config: &DecoderConfig, l: usize) -> Vec<TensorRole> {
         use TensorRole::*;
-        let mut roles = vec![TokenEmbedding];
-        for l in 0..config.layers {
-            roles.extend([AttnNorm(l), Q(l), K(l), V(l)]);
-            if config.qkv_bias {
-                roles.extend([QBias(l), KBias(l), VBias(l)]);
-            }
-            if config.qk_norm {
-                roles.extend([QNorm(l), KNorm(l)]);
-            }
-            roles.push(AttnOut(l));
-            roles.extend(config.o_bias.then_some(AttnOutBias(l)));
-            roles.push(FfnNorm(l));
-            match &config.moe {
-                Some(moe) => {
-                    roles.push(Router(l));
-                    for e in 0..moe.experts {
-                        roles.extend([ExpertGate(l, e), ExpertUp(l, e), ExpertDown(l, e)]);
-                    }
-                }
-                None => roles.extend([Gate(l), Up(l), Down(l)]),
-            }
-            if config.mlp_bias {
-                roles.extend([GateBias(l), UpBias(l), DownBias(l)]);
-            }
+        let mut roles = vec![AttnNorm(l), Q(l), K(l), V(l)];
+        if config.qkv_bias {
+            roles.extend([QBias(l), KBias(l), VBias(l)]);
         }
-        roles.push(OutputNorm);
-        roles.extend((!config.tied_embeddings).then_some(Output));
+        if config.qk_norm {
+            roles.extend([QNorm(l), KNorm(l)]);
+        }
+        roles.push(AttnOut(l));
+        roles.extend(config.o_bias.then_some(AttnOutBias(l)));
+        roles.push(FfnNorm(l));
+        match &config.moe {
+            Some(moe) => {
+                roles.push(Router(l));
+                for e in 0..moe.experts {
+                    roles.extend([ExpertGate(l, e), ExpertUp(l, e), ExpertDown(l, e)]);
+                }
+            }
+            None => roles.extend([Gate(l), Up(l), Down(l)]),
+        }
+        if config.mlp_bias {
+            roles.extend([GateBias(l), UpBias(l), DownBias(l)]);
+        }
         roles
     }
 }
