@@ -18,9 +18,10 @@ pub struct BatcherConfig {
     /// the middle and sequences are preempted, their work is done twice. Default 64.
     pub sequences_max: usize,
     /// Unit: sequences that wait for a place; more are refused with a time to retry after. Sequences
-    /// preempted keep their right to wait and do not count. Formula: `longest bearable wait x
-    /// sequences finished per second`. Too small: bursts are refused though they could be served.
-    /// Too large: clients wait for answers that come too late to matter. Default 1,024.
+    /// preempted keep their right to wait and do not count; one tenant takes 8/9 of it at most.
+    /// Formula: `longest bearable wait x sequences finished per second`. Too small: bursts are refused
+    /// though they could be served. Too large: clients wait for answers that come too late to matter.
+    /// Default 1,024.
     pub waiting_max: usize,
     /// Unit: tokens of one KV block, the same as the executor's: 8, 16, 32 or 64. Too small: long
     /// block tables. Too large: up to `block_tokens - 1` places wasted per sequence, and prefixes that

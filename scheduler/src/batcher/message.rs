@@ -100,7 +100,7 @@ pub enum FinishReason {
 pub enum DropReason {
     Cancelled,
     DeadlineExceeded,
-    /// `waiting_max` sequences wait already.
+    /// `waiting_max` sequences wait already, or too many of this tenant.
     QueueFull {
         retry_after: Duration,
     },

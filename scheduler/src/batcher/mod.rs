@@ -14,7 +14,7 @@ mod sequence;
 use std::collections::{BTreeMap, BTreeSet};
 
 use cache::{BlockPool, HashChain};
-use protocol::{Instant, Machine, SequenceId};
+use protocol::{Instant, Machine, SequenceId, TenantId};
 
 pub use config::{BatcherConfig, ConfigError};
 pub use message::{
@@ -102,6 +102,8 @@ pub struct Batcher {
     next_ticket: u64,
     /// Waiting sequences that have never run.
     queued: usize,
+    /// The same for each tenant that has any.
+    queued_of: BTreeMap<TenantId, usize>,
     pace: Pace,
     stats: BatcherStats,
 }
@@ -121,6 +123,7 @@ impl Batcher {
             step: 0,
             next_ticket: 0,
             queued: 0,
+            queued_of: BTreeMap::new(),
             pace: Pace::default(),
             stats: BatcherStats::default(),
         })
@@ -171,6 +174,7 @@ impl Batcher {
         let sequence = Sequence::new(submission, self.next_ticket, self.config.tokens_max(), chain);
         self.next_ticket += 1;
         self.queued += 1;
+        *self.queued_of.entry(sequence.tenant.clone()).or_default() += 1;
         self.deadlines.extend(sequence.deadline.map(|at| (at, id)));
         self.lanes.insert(&sequence);
         self.sequences.insert(id, sequence);
@@ -189,8 +193,22 @@ impl Batcher {
         }
         // Places that are free now are filled by the next step: those who take them do not wait.
         let places = self.config.sequences_max.saturating_sub(self.running.len());
-        (self.queued >= self.config.waiting_max + places)
+        let left = (self.config.waiting_max + places).saturating_sub(self.queued);
+        let own = self.queued_of.get(&submission.tenant).copied().unwrap_or(0);
+        // A dynamic threshold (Choudhury and Hahne, 1998): the fuller the queue, the less of it for one
+        // tenant, so that a flood leaves room for others.
+        (own >= left.saturating_mul(TENANT_SHARE))
             .then(|| DropReason::QueueFull { retry_after: self.pace.retry_after(self.queued) })
+    }
+
+    /// A sequence that has never run does not wait any longer.
+    fn leave_queue(&mut self, tenant: &TenantId) {
+        self.queued -= 1;
+        let own = self.queued_of.get_mut(tenant).expect("counted when it was submitted");
+        *own -= 1;
+        if *own == 0 {
+            self.queued_of.remove(tenant);
+        }
     }
 
     fn step_done(&mut self, now: Instant, results: &[StepResult], out: &mut Vec<BatcherOutput>) {
@@ -290,7 +308,10 @@ impl Batcher {
             self.deadlines.remove(&(deadline, id));
         }
         if sequence.phase == Phase::Waiting {
-            self.queued -= usize::from(!sequence.started);
+            if !sequence.started {
+                let tenant = sequence.tenant.clone();
+                self.leave_queue(&tenant);
+            }
         } else {
             self.running.remove(&sequence.rank());
             self.pace.sequence_ended(now);
@@ -355,3 +376,6 @@ impl Machine for Batcher {
         self.deadlines.first().map(|(at, _)| *at)
     }
 }
+
+/// One tenant's waiting sequences per place left: it can take 8/9 of the queue.
+const TENANT_SHARE: usize = 8;

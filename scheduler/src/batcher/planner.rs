@@ -247,9 +247,10 @@ impl Batcher {
             out.push(BatcherOutput::Resumed { sequence: id, cached_tokens });
         } else {
             sequence.started = true;
-            self.queued -= 1;
             self.stats.prompt_tokens += sequence.prompt_tokens as u64;
             self.stats.prefix_hit_tokens += cached_tokens as u64;
+            let tenant = sequence.tenant.clone();
+            self.leave_queue(&tenant);
             out.push(BatcherOutput::Started { sequence: id, cached_tokens });
         }
         Admission::Admitted

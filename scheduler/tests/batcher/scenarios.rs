@@ -318,6 +318,23 @@ fn a_full_queue_refuses_with_a_time_to_come_back() {
 }
 
 #[test]
+fn a_flood_leaves_room_in_the_queue_for_others() {
+    let mut replica = replica(1000);
+    let refused = |replica: &Replica, id: u64| replica.sequences[&SequenceId(id)].ended.is_some();
+    for id in 0..2000 {
+        replica.submit(submission(id, "flood", tokens(id, 20), 1));
+    }
+    let accepted = (0..2000).filter(|id| !refused(&replica, *id)).count();
+    assert_eq!(accepted, (1024 + 64) * 8 / 9 + 1);
+    for id in 2000..2100 {
+        replica.submit(submission(id, "quiet", tokens(id, 20), 1));
+        assert!(!refused(&replica, id));
+    }
+    replica.run();
+    replica.assert_quiescent();
+}
+
+#[test]
 fn prompts_admitted_do_not_take_each_others_blocks() {
     let mut replica = replica(100);
     for (id, tenant) in ["a", "b", "c"].into_iter().enumerate() {
