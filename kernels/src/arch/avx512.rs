@@ -106,74 +106,84 @@ unsafe fn step<S: Shape, const T: usize>(
     x: &[*const QuantBlock; T],
     acc: &mut [[__m512; 2]; T],
 ) {
-    let layout = const { S::LAYOUT };
     // SAFETY: offsets are those of the layout, inside of what the caller vouches for.
     unsafe {
-        let codes = at.add(layout.scale_bytes());
-        if layout.sub_len == STEP {
-            let mut dots = start::<S, T>(x, |x| &raw const (*x).offset);
+        let codes = at.add(const { S::LAYOUT.scale_bytes() });
+        let mut sums = [[_mm512_setzero_ps(); 2]; T];
+        if const { S::LAYOUT.sub_len == STEP } {
+            let mut dots = start::<S, T>(x, 0);
             dot::<S, T>(codes, 0, x, &mut dots);
             dot::<S, T>(codes, 1, x, &mut dots);
-            let scale = scales::<S>(header, at, 0);
-            for t in 0..T {
-                let dx = _mm512_set1_ps((*x[t]).scale);
-                for h in 0..2 {
-                    let mut sum = _mm512_mul_ps(_mm512_cvtepi32_ps(dots[t][h]), scale[h]);
-                    if layout.mins {
-                        let inputs = _mm512_set1_ps((*x[t]).sum);
-                        sum = _mm512_fnmadd_ps(mins::<S>(header, at, 0)[h], inputs, sum);
-                    }
-                    acc[t][h] = _mm512_fmadd_ps(sum, dx, acc[t][h]);
-                }
-            }
+            scale::<T, false>(&dots, scales::<S>(header, at, 0), &mut sums);
         } else {
-            let mut first = start::<S, T>(x, |x| &raw const (*x).offsets[0]);
-            dot::<S, T>(codes, 0, x, &mut first);
-            let scale = scales::<S>(header, at, 0);
-            let mut sums = [[_mm512_setzero_ps(); 2]; T];
-            for t in 0..T {
-                for h in 0..2 {
-                    sums[t][h] = _mm512_mul_ps(_mm512_cvtepi32_ps(first[t][h]), scale[h]);
+            let mut dots = start::<S, T>(x, 1);
+            dot::<S, T>(codes, 0, x, &mut dots);
+            scale::<T, false>(&dots, scales::<S>(header, at, 0), &mut sums);
+            let mut dots = start::<S, T>(x, 2);
+            dot::<S, T>(codes, 1, x, &mut dots);
+            scale::<T, true>(&dots, scales::<S>(header, at, 1), &mut sums);
+        }
+        if const { S::LAYOUT.mins } {
+            for sub in 0..const { STEP / S::LAYOUT.sub_len } {
+                let mins = mins::<S>(header, at, sub);
+                for t in 0..T {
+                    let whole = const { S::LAYOUT.sub_len == STEP };
+                    let inputs = if whole { (*x[t]).sum } else { (*x[t]).sums[sub] };
+                    let inputs = _mm512_set1_ps(inputs);
+                    sums[t][0] = _mm512_fnmadd_ps(mins[0], inputs, sums[t][0]);
+                    sums[t][1] = _mm512_fnmadd_ps(mins[1], inputs, sums[t][1]);
                 }
             }
-            let mut second = start::<S, T>(x, |x| &raw const (*x).offsets[1]);
-            dot::<S, T>(codes, 1, x, &mut second);
-            let scale = scales::<S>(header, at, 1);
-            for t in 0..T {
-                let dx = _mm512_set1_ps((*x[t]).scale);
-                for h in 0..2 {
-                    let dot = _mm512_cvtepi32_ps(second[t][h]);
-                    let mut sum = _mm512_fmadd_ps(dot, scale[h], sums[t][h]);
-                    if layout.mins {
-                        for sub in 0..2 {
-                            let inputs = _mm512_set1_ps((*x[t]).sums[sub]);
-                            sum = _mm512_fnmadd_ps(mins::<S>(header, at, sub)[h], inputs, sum);
-                        }
-                    }
-                    acc[t][h] = _mm512_fmadd_ps(sum, dx, acc[t][h]);
-                }
-            }
+        }
+        for t in 0..T {
+            let dx = _mm512_set1_ps((*x[t]).scale);
+            acc[t][0] = _mm512_fmadd_ps(sums[t][0], dx, acc[t][0]);
+            acc[t][1] = _mm512_fmadd_ps(sums[t][1], dx, acc[t][1]);
         }
     }
 }
 
-/// What the dots begin with: what codes with their zero at 128 would add too much.
+/// Makes sums of dots and their scales, or adds to them.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn scale<const T: usize, const ADD: bool>(
+    dots: &[[__m512i; 2]; T],
+    scales: [__m512; 2],
+    sums: &mut [[__m512; 2]; T],
+) {
+    for t in 0..T {
+        for h in 0..2 {
+            let dot = _mm512_cvtepi32_ps(dots[t][h]);
+            sums[t][h] = if ADD {
+                _mm512_fmadd_ps(dot, scales[h], sums[t][h])
+            } else {
+                _mm512_mul_ps(dot, scales[h])
+            };
+        }
+    }
+}
+
+/// What the dots of a step (`sub` 0) or of its halves (1 and 2) begin with: what codes with their
+/// zero at 128 would add too much.
 ///
 /// # Safety
-/// The features of [`quantized`]; `offset` leads to an integer of the block.
+/// The features of [`quantized`]; the pointers lead to whole blocks.
 #[inline]
 #[target_feature(enable = "avx512f")]
 unsafe fn start<S: Shape, const T: usize>(
     x: &[*const QuantBlock; T],
-    offset: impl Fn(*const QuantBlock) -> *const i32,
+    sub: usize,
 ) -> [[__m512i; 2]; T] {
-    x.map(|x| {
-        if const { S::LAYOUT.mins } {
-            return [_mm512_setzero_si512(); 2];
+    let mut dots = [[_mm512_setzero_si512(); 2]; T];
+    if const { !S::LAYOUT.mins } {
+        for t in 0..T {
+            // SAFETY: promised by the caller.
+            let offset =
+                unsafe { if sub == 0 { (*x[t]).offset } else { (*x[t]).offsets[sub - 1] } };
+            dots[t] = [_mm512_set1_epi32(offset); 2];
         }
-        // SAFETY: promised by the caller.
-        [_mm512_set1_epi32(unsafe { *offset(x) }); 2]
-    })
+    }
+    dots
 }
 
 /// Adds the products of the first (`part` 0) or last 16 columns of a step.
@@ -188,12 +198,11 @@ unsafe fn dot<S: Shape, const T: usize>(
     x: &[*const QuantBlock; T],
     dots: &mut [[__m512i; 2]; T],
 ) {
-    let half = const { S::LAYOUT.bits.vectors() * 64 };
     for v in 0..4 {
-        // SAFETY: a half has `vectors` registers of codes and a block 32 inputs.
+        // SAFETY: a step has `pieces` pairs of registers of codes and a block 32 inputs.
         unsafe {
             let low = unpack::<S>(codes, part, v);
-            let high = unpack::<S>(codes.add(half), part, v);
+            let high = unpack::<S>(codes.add(64), part, v);
             for t in 0..T {
                 let x = (&raw const (*x[t]).codes).cast::<i32>().add(4 * part + v);
                 let x = _mm512_set1_epi32(x.read());
@@ -207,37 +216,53 @@ unsafe fn dot<S: Shape, const T: usize>(
 /// The codes of 16 rows and the columns `16 * part + 4 * v ..` as bytes.
 ///
 /// # Safety
-/// The features of [`quantized`]; `half` leads to the codes of 16 rows.
+/// The features of [`quantized`]; `codes` leads to the codes of a step, or 64 bytes further for the
+/// second 16 rows.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn unpack<S: Shape>(half: *const u8, part: usize, v: usize) -> __m512i {
-    // SAFETY: register numbers are below the `vectors` of the layout.
-    let load = |v: usize| unsafe { _mm512_loadu_si512(half.add(64 * v).cast()) };
+unsafe fn unpack<S: Shape>(codes: *const u8, part: usize, v: usize) -> __m512i {
     let upper = _mm512_set1_epi8(0xf0_u8 as i8);
-    let nibble = |v: usize| {
-        let codes = if part == 0 { _mm512_slli_epi16::<4>(load(v)) } else { load(v) };
-        _mm512_and_si512(codes, upper)
-    };
-    match const { S::LAYOUT.bits } {
-        Bits::Eight => load(4 * part + v),
-        Bits::Four => nibble(v),
-        Bits::Levels => {
-            let codes = if part == 0 { load(v) } else { _mm512_srli_epi16::<4>(load(v)) };
-            let codes = _mm512_and_si512(codes, _mm512_set1_epi8(15));
-            _mm512_shuffle_epi8(levels(), codes)
-        }
-        Bits::Six => {
-            let two = load(4 + part);
-            let two = match v {
-                0 => _mm512_slli_epi16::<2>(two),
-                1 => two,
-                2 => _mm512_srli_epi16::<2>(two),
-                _ => _mm512_srli_epi16::<4>(two),
-            };
-            let two = _mm512_and_si512(two, _mm512_set1_epi8(0x0c));
-            _mm512_or_si512(nibble(v), two)
+    // SAFETY: pieces are those of the layout.
+    unsafe {
+        match const { S::LAYOUT.bits } {
+            Bits::Eight => load(codes, 4 * part + v),
+            Bits::Four => _mm512_and_si512(raise(load(codes, v), part), upper),
+            Bits::Levels => {
+                let four = load(codes, v);
+                let four = if part == 0 { four } else { _mm512_srli_epi16::<4>(four) };
+                let four = _mm512_and_si512(four, _mm512_set1_epi8(15));
+                _mm512_shuffle_epi8(levels(), four)
+            }
+            Bits::Six => {
+                let four = raise(load(codes, v), part);
+                let two = load(codes, 4 + part);
+                let two = match v {
+                    0 => _mm512_slli_epi16::<2>(two),
+                    1 => two,
+                    2 => _mm512_srli_epi16::<2>(two),
+                    _ => _mm512_srli_epi16::<4>(two),
+                };
+                let two = _mm512_and_si512(two, _mm512_set1_epi8(0x0c));
+                _mm512_ternarylogic_epi32::<SELECT>(upper, four, two)
+            }
         }
     }
+}
+
+/// # Safety
+/// Piece `v` of the codes is there.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn load(codes: *const u8, v: usize) -> __m512i {
+    // SAFETY: promised by the caller.
+    unsafe { _mm512_loadu_si512(codes.add(4 * PANEL * v).cast()) }
+}
+
+/// Brings the low (`part` 0) or high nibbles to the upper half of their bytes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn raise(codes: __m512i, part: usize) -> __m512i {
+    if part == 0 { _mm512_slli_epi16::<4>(codes) } else { codes }
 }
 
 /// The IQ4 levels with their zero at 128.
@@ -270,17 +295,20 @@ unsafe fn scales<S: Shape>(header: *const u8, at: *const u8, sub: usize) -> [__m
         Bits::Six => 1.0 / 4.0,
         Bits::Levels | Bits::Eight => 1.0,
     });
-    std::array::from_fn(|h| {
+    let mut scales = [unshift; 2];
+    for h in 0..2 {
         // SAFETY: the layout begins with these scales.
         unsafe {
-            if !layout.nested {
-                return _mm512_mul_ps(halves(at, h), unshift);
+            if layout.nested {
+                let scale = _mm_loadu_si128(at.add(PANEL * sub + 16 * h).cast());
+                let scale = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(scale));
+                scales[h] = _mm512_mul_ps(_mm512_mul_ps(halves(header, h), scale), unshift);
+            } else {
+                scales[h] = _mm512_mul_ps(halves(at, h), unshift);
             }
-            let scale = _mm_loadu_si128(at.add(PANEL * sub + 16 * h).cast());
-            let scale = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(scale));
-            _mm512_mul_ps(_mm512_mul_ps(halves(header, h), scale), unshift)
         }
-    })
+    }
+    scales
 }
 
 /// The minimums of 32 rows for a sub-block.
@@ -292,18 +320,21 @@ unsafe fn scales<S: Shape>(header: *const u8, at: *const u8, sub: usize) -> [__m
 #[target_feature(enable = "avx512f,avx512vl,avx512dq,f16c,fma")]
 unsafe fn mins<S: Shape>(header: *const u8, at: *const u8, sub: usize) -> [__m512; 2] {
     let layout = const { S::LAYOUT };
-    std::array::from_fn(|h| {
+    let mut mins = [_mm512_setzero_ps(); 2];
+    for h in 0..2 {
         // SAFETY: the layout has these minimums behind the scales.
         unsafe {
-            if !layout.nested {
-                return halves(at.add(2 * PANEL), h);
+            if layout.nested {
+                let subs = STEP / layout.sub_len;
+                let min = _mm_loadu_si128(at.add(PANEL * (subs + sub) + 16 * h).cast());
+                let min = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(min));
+                mins[h] = _mm512_mul_ps(halves(header.add(2 * PANEL), h), min);
+            } else {
+                mins[h] = halves(at.add(2 * PANEL), h);
             }
-            let subs = STEP / layout.sub_len;
-            let min = _mm_loadu_si128(at.add(PANEL * (subs + sub) + 16 * h).cast());
-            let min = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(min));
-            _mm512_mul_ps(halves(header.add(2 * PANEL), h), min)
         }
-    })
+    }
+    mins
 }
 
 /// Binary16 numbers of the rows `16 * h ..`.
@@ -316,3 +347,6 @@ unsafe fn halves(from: *const u8, h: usize) -> __m512 {
     // SAFETY: promised by the caller.
     _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(from.add(32 * h).cast()) })
 }
+
+/// Ternary logic: bits of the second operand where the first is set, else of the third.
+const SELECT: i32 = 0xca;

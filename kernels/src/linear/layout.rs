@@ -8,10 +8,10 @@
 //! nested   (d: 32 x f16) (dmin: 32 x f16)?  then 8 steps
 //! step     nested: (scale: 32 x i8) for each sub-block, (min: 32 x u8)? for each sub-block
 //!          flat:   (d: 32 x f16) (dmin: 32 x f16)?
-//!          codes of rows 0..16, codes of rows 16..32
-//! codes    8 bits: 8 groups of 4 columns, each 16 rows x 4 bytes
-//!          4 bits: 4 such vectors, group g in the low and g + 4 in the high nibbles
-//!          6 bits: the high four bits as above, then 2 vectors with the low two bits of the
+//!          codes
+//! codes    8 bits: for each of 8 groups of 4 columns, 32 rows x 4 bytes
+//!          4 bits: 4 such pieces, group g in the low and g + 4 in the high nibbles
+//!          6 bits: the high four bits as above, then 2 pieces with the low two bits of the
 //!                  groups 4 v .. 4 v + 4, the first of them lowest
 //! ```
 //!
@@ -78,7 +78,7 @@ impl Layout {
 
     /// Bytes of a step's codes.
     pub const fn code_bytes(&self) -> usize {
-        PANEL * self.bits.vectors() * 4
+        PANEL * self.bits.pieces() * 4
     }
 
     /// Bytes of a step.
@@ -104,8 +104,8 @@ impl Layout {
 }
 
 impl Bits {
-    /// Vectors of 16 rows x 4 bytes that hold the codes of 16 rows x 32 columns.
-    pub const fn vectors(self) -> usize {
+    /// Pieces of 32 rows x 4 bytes that hold the codes of a step.
+    pub const fn pieces(self) -> usize {
         match self {
             Bits::Four | Bits::Levels => 4,
             Bits::Six => 6,

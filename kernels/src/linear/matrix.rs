@@ -200,18 +200,16 @@ fn put_halves(layout: &Layout, block: &Block, r: usize, out: &mut [u8]) {
 }
 
 fn put_codes(layout: &Layout, from: &[u8; STEP], r: usize, out: &mut [u8]) {
-    let vectors = layout.bits.vectors();
-    let half = &mut out[r / 16 * vectors * 64..][..vectors * 64];
-    let lane = r % 16 * 4;
     for (i, &code) in from.iter().enumerate() {
         let code = code + layout.bias;
-        let (g, byte) = (i / 4, lane + i % 4);
+        let g = i / 4;
+        let mut put = |v: usize, bits: u8| out[(v * PANEL + r) * 4 + i % 4] |= bits;
         match layout.bits {
-            Bits::Eight => half[g * 64 + byte] = code,
-            Bits::Four | Bits::Levels => half[g % 4 * 64 + byte] |= code << (g / 4 * 4),
+            Bits::Eight => put(g, code),
+            Bits::Four | Bits::Levels => put(g % 4, code << (g / 4 * 4)),
             Bits::Six => {
-                half[g % 4 * 64 + byte] |= (code >> 2) << (g / 4 * 4);
-                half[(4 + g / 4) * 64 + byte] |= (code & 3) << (g % 4 * 2);
+                put(g % 4, (code >> 2) << (g / 4 * 4));
+                put(4 + g / 4, (code & 3) << (g % 4 * 2));
             }
         }
     }

@@ -93,17 +93,16 @@ fn add_step(
 
 /// The integer weight of row `r` and column `i` of a step.
 fn level_at(layout: &Layout, codes: &[u8], r: usize, i: usize) -> i32 {
-    let vectors = layout.bits.vectors();
-    let half = &codes[r / 16 * vectors * 64..][..vectors * 64];
-    let (g, byte) = (i / 4, r % 16 * 4 + i % 4);
-    let nibble = (half[g % 4 * 64 + byte] >> (g / 4 * 4)) & 15;
+    let at = |v: usize| codes[(v * PANEL + r) * 4 + i % 4];
+    let g = i / 4;
+    let nibble = || (at(g % 4) >> (g / 4 * 4)) & 15;
     match layout.bits {
-        Bits::Eight => i32::from(half[g * 64 + byte]) - layout.zero(),
-        Bits::Four => i32::from(nibble) - layout.zero(),
-        Bits::Levels => IQ4_LEVELS[usize::from(nibble)].into(),
+        Bits::Eight => i32::from(at(g)) - layout.zero(),
+        Bits::Four => i32::from(nibble()) - layout.zero(),
+        Bits::Levels => IQ4_LEVELS[usize::from(nibble())].into(),
         Bits::Six => {
-            let two = (half[(4 + g / 4) * 64 + byte] >> (g % 4 * 2)) & 3;
-            i32::from(nibble << 2 | two) - layout.zero()
+            let two = (at(4 + g / 4) >> (g % 4 * 2)) & 3;
+            i32::from(nibble() << 2 | two) - layout.zero()
         }
     }
 }

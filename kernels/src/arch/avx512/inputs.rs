@@ -22,9 +22,10 @@ pub unsafe fn quantize_row(values: &[f32], blocks: &mut [QuantBlock]) {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn quantize_block(v: [__m512; 2]) -> QuantBlock {
     let mut block = QuantBlock::default();
-    let magnitude = v.map(|v| _mm512_castps_si512(_mm512_abs_ps(v)));
     // As integers, magnitudes are in the same order, with the NaNs above infinity.
-    let largest = _mm512_reduce_max_epu32(_mm512_max_epu32(magnitude[0], magnitude[1]));
+    let low = _mm512_castps_si512(_mm512_abs_ps(v[0]));
+    let high = _mm512_castps_si512(_mm512_abs_ps(v[1]));
+    let largest = _mm512_reduce_max_epu32(_mm512_max_epu32(low, high));
     let largest = f32::from_bits(largest);
     if !largest.is_finite() {
         block.scale = f32::NAN;
@@ -35,9 +36,10 @@ fn quantize_block(v: [__m512; 2]) -> QuantBlock {
     }
     block.scale = largest / 127.0;
     let inverse = _mm512_set1_ps(127.0 / largest);
-    let codes = v.map(|v| _mm512_cvtps_epi32(_mm512_mul_ps(v, inverse)));
-    let sums = codes.map(|codes| _mm512_reduce_add_epi32(codes));
-    for (h, codes) in codes.into_iter().enumerate() {
+    let mut sums = [0; 2];
+    for h in 0..2 {
+        let codes = _mm512_cvtps_epi32(_mm512_mul_ps(v[h], inverse));
+        sums[h] = _mm512_reduce_add_epi32(codes);
         // SAFETY: the codes have room for two registers of sixteen bytes.
         unsafe {
             let to = block.codes.as_mut_ptr().add(16 * h);
