@@ -22,7 +22,7 @@ pub(crate) use activations::{DIRECT_TOKENS, QuantBlock, SMALLEST, TILE};
 pub(crate) use layout::{Bits, Layout, PANEL, STEP, Shape, with_shape};
 
 #[cfg(target_arch = "x86_64")]
-use crate::arch::avx512;
+use crate::arch::{avx2, avx512};
 use crate::format::Format;
 use crate::isa::Isa;
 use crate::pool::ThreadPool;
@@ -119,6 +119,16 @@ impl Job<'_> {
             (Isa::Avx512, None) => {
                 // SAFETY: as above.
                 unsafe { avx512::floats(w.format(), bytes, x, &out) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx2, Some(_)) => {
+                // SAFETY: as above.
+                with_shape!(w.format(), S => unsafe { avx2::quantized::<S>(bytes, x, &out) })
+            }
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx2, None) => {
+                // SAFETY: as above.
+                unsafe { avx2::floats(w.format(), bytes, x, &out) }
             }
             (_, Some(layout)) => scalar::quantized(layout, bytes, x, &out),
             (_, None) => scalar::floats(w.format(), bytes, x, &out),

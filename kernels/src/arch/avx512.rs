@@ -269,15 +269,7 @@ fn raise(codes: __m512i, part: usize) -> __m512i {
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn levels() -> __m512i {
-    const TABLE: [u8; 16] = {
-        let mut table = [0; 16];
-        let mut i = 0;
-        while i < 16 {
-            table[i] = (IQ4_LEVELS[i] as i16 + 128) as u8;
-            i += 1;
-        }
-        table
-    };
+    const TABLE: [u8; 16] = super::levels_from_zero(&IQ4_LEVELS);
     // SAFETY: the table has sixteen bytes.
     _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(TABLE.as_ptr().cast()) })
 }
@@ -290,21 +282,17 @@ fn levels() -> __m512i {
 #[target_feature(enable = "avx512f,avx512vl,avx512dq,f16c,fma")]
 unsafe fn scales<S: Shape>(header: *const u8, at: *const u8, sub: usize) -> [__m512; 2] {
     let layout = const { S::LAYOUT };
-    let unshift = _mm512_set1_ps(match layout.bits {
-        Bits::Four => 1.0 / 16.0,
-        Bits::Six => 1.0 / 4.0,
-        Bits::Levels | Bits::Eight => 1.0,
-    });
-    let mut scales = [unshift; 2];
+    let unraise = _mm512_set1_ps(layout.bits.unraise());
+    let mut scales = [unraise; 2];
     for h in 0..2 {
         // SAFETY: the layout begins with these scales.
         unsafe {
             if layout.nested {
                 let scale = _mm_loadu_si128(at.add(PANEL * sub + 16 * h).cast());
                 let scale = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(scale));
-                scales[h] = _mm512_mul_ps(_mm512_mul_ps(halves(header, h), scale), unshift);
+                scales[h] = _mm512_mul_ps(_mm512_mul_ps(halves(header, h), scale), unraise);
             } else {
-                scales[h] = _mm512_mul_ps(halves(at, h), unshift);
+                scales[h] = _mm512_mul_ps(halves(at, h), unraise);
             }
         }
     }

@@ -113,6 +113,15 @@ impl Bits {
         }
     }
 
+    /// What takes back that vector kernels unpack codes to the upper bits of a byte.
+    pub const fn unraise(self) -> f32 {
+        match self {
+            Bits::Four => 1.0 / 16.0,
+            Bits::Six => 1.0 / 4.0,
+            Bits::Levels | Bits::Eight => 1.0,
+        }
+    }
+
     const fn middle(self) -> i32 {
         match self {
             Bits::Four => 8,
