@@ -1,1 +1,357 @@
-//! executor
+//! A step plan in, logits out.
+//!
+//! Owns the bytes of the KV blocks and the forward pass of a batch. Refuses policy: which sequences
+//! run, which blocks they get and what is sampled is decided elsewhere; a plan that contradicts
+//! itself is refused before anything is computed.
+//!
+//! # Exactness
+//! The rows of a sequence are the same, bit for bit, whatever else is in the step, however its
+//! tokens were cut into steps, whatever the number of threads, and whether the blocks before them
+//! were computed for it or for another sequence with the same tokens.
+
+mod batch;
+mod error;
+mod forward;
+mod kv;
+mod mixture;
+mod output;
+mod profile;
+
+pub use error::{ExecutorError, StepError};
+pub use kernels::attention::{KvDtype, KvLayout};
+pub use kv::{BlockWriteError, KvStorage};
+pub use output::{OutputRow, RowValues, StepOutput};
+pub use profile::{StepOp, StepProfile};
+
+use crate::model::{Decoder, NumericalIdentity};
+use batch::{PassCursor, PlanChecker, PlanLimits, Segment, wanted_rows, wanted_suffix};
+use cache::{BLOCK_TOKENS_DEFAULT, BlockId};
+use forward::{Pass, Scratch, sized};
+use kernels::linear::{Activations, matmul};
+use kernels::pool::ThreadPool;
+use scheduler::{LogitsWanted, StepPlan};
+use std::sync::Arc;
+
+/// How an [`Executor`] is made.
+#[derive(Clone, Debug)]
+pub struct ExecutorOptions {
+    /// Number format of stored keys and values.
+    pub kv_dtype: KvDtype,
+    /// Tokens in a block: 8, 16, 32 or 64.
+    pub block_tokens: usize,
+    pub kv_capacity: KvCapacity,
+    /// Threads that compute, the caller's included; 0 for one for each CPU.
+    pub threads: usize,
+    /// Tokens computed at once. A larger step is cut into passes of so many; buffers are as large as
+    /// the largest pass.
+    pub tokens_per_pass: usize,
+    /// Whether [`Executor::profile`] measures.
+    pub profile: bool,
+}
+
+/// Room for keys and values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvCapacity {
+    Blocks(usize),
+    /// As many whole blocks as fit into so many bytes.
+    Bytes(usize),
+}
+
+impl Default for ExecutorOptions {
+    fn default() -> Self {
+        ExecutorOptions {
+            kv_dtype: KvDtype::F16,
+            block_tokens: BLOCK_TOKENS_DEFAULT,
+            kv_capacity: KvCapacity::Bytes(KV_BYTES_DEFAULT),
+            threads: 0,
+            tokens_per_pass: TOKENS_PER_PASS_DEFAULT,
+            profile: false,
+        }
+    }
+}
+
+/// Computes steps of one model.
+pub struct Executor {
+    decoder: Arc<Decoder>,
+    pool: ThreadPool,
+    kv: KvStorage,
+    limits: PlanLimits,
+    tokens_per_pass: usize,
+    checker: PlanChecker,
+    segments: Vec<Segment>,
+    rows: Vec<RowSource>,
+    scratch: Scratch,
+    head: HeadScratch,
+    output: StepOutput,
+    profile: StepProfile,
+}
+
+/// Where a row of a pass's result belongs.
+#[derive(Clone, Copy, Debug)]
+struct RowSource {
+    /// Index into `StepPlan::sequences`.
+    index: usize,
+    position: usize,
+    hidden: bool,
+}
+
+/// Buffers of the output matrix.
+#[derive(Debug, Default)]
+struct HeadScratch {
+    input: Activations,
+    /// `[rows, vocab]`
+    logits: Vec<f32>,
+}
+
+impl Executor {
+    /// Reserves the KV storage and starts the threads.
+    pub fn new(
+        decoder: impl Into<Arc<Decoder>>,
+        options: &ExecutorOptions,
+    ) -> Result<Self, ExecutorError> {
+        let decoder = decoder.into();
+        let config = decoder.config();
+        let block_tokens = options.block_tokens;
+        if !BLOCK_TOKENS.contains(&block_tokens) {
+            return Err(ExecutorError::BlockTokens { block_tokens });
+        }
+        let layout = KvLayout {
+            layers: config.layers,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
+            block_tokens,
+            dtype: options.kv_dtype,
+        };
+        let blocks = match options.kv_capacity {
+            KvCapacity::Blocks(blocks) => blocks,
+            KvCapacity::Bytes(bytes) => bytes / layout.block_bytes(),
+        };
+        if blocks == 0 || u32::try_from(blocks).is_err() {
+            let block_bytes = layout.block_bytes();
+            return Err(ExecutorError::KvBlocks { blocks, block_bytes });
+        }
+        let limits = PlanLimits {
+            vocab: config.vocab,
+            context_tokens_max: config.context,
+            block_tokens,
+            blocks,
+        };
+        Ok(Executor {
+            pool: ThreadPool::new(threads_or_all(options.threads)),
+            kv: KvStorage::new(layout, blocks)?,
+            limits,
+            tokens_per_pass: options.tokens_per_pass.max(1),
+            checker: PlanChecker::default(),
+            segments: Vec::new(),
+            rows: Vec::new(),
+            scratch: Scratch::new(&decoder),
+            head: HeadScratch::default(),
+            output: StepOutput::default(),
+            profile: StepProfile::new(options.profile),
+            decoder,
+        })
+    }
+
+    /// Computes a step. The output stays valid until the next one.
+    ///
+    /// A step whose rows do not fit [`OUTPUT_BYTES_MAX`] is refused; [`step_each`](Self::step_each)
+    /// has no such bound.
+    pub fn step(&mut self, plan: &StepPlan) -> Result<&mut StepOutput, StepError> {
+        self.checker.check(plan, &self.limits)?;
+        let config = self.decoder.config();
+        let (vocab, hidden) = (config.vocab, config.hidden);
+        let rows: usize = plan.sequences.iter().map(wanted_rows).sum();
+        let rows_max = OUTPUT_BYTES_MAX / size_of::<f32>() / vocab.max(hidden);
+        if rows > rows_max.max(plan.sequences.len()) {
+            return Err(StepError::OutputTooLarge { rows, rows_max });
+        }
+        self.output.prepare(plan, vocab, hidden);
+        self.profile.begin();
+        let (mut cursor, mut logits_at, mut hidden_at) = (PassCursor::default(), 0, 0);
+        while self.next_pass(plan, &mut cursor) {
+            let mut first = 0;
+            for run in self.rows.chunk_by(|a, b| a.hidden == b.hidden) {
+                let from = &mut self.scratch.normed;
+                if run[0].hidden {
+                    let values = &from.values()[first * hidden..][..run.len() * hidden];
+                    self.output.hidden[hidden_at..][..values.len()].copy_from_slice(values);
+                    hidden_at += values.len();
+                } else {
+                    let out = &mut self.output.logits[logits_at..][..run.len() * vocab];
+                    self.head.multiply(&self.decoder, &self.pool, from, first, out);
+                    logits_at += run.len() * vocab;
+                }
+                first += run.len();
+            }
+            self.profile.lap(StepOp::Head);
+        }
+        Ok(&mut self.output)
+    }
+
+    /// Computes a step and hands its rows out one by one, in order of sequences and positions, so
+    /// that the logits of a long text need no memory of their own.
+    pub fn step_each(
+        &mut self,
+        plan: &StepPlan,
+        receive: &mut dyn FnMut(OutputRow<'_>),
+    ) -> Result<(), StepError> {
+        self.checker.check(plan, &self.limits)?;
+        let config = self.decoder.config();
+        let (vocab, hidden) = (config.vocab, config.hidden);
+        let mut row = vec![0.0; hidden];
+        let mut cursor = PassCursor::default();
+        self.profile.begin();
+        while self.next_pass(plan, &mut cursor) {
+            let mut logits = std::mem::take(&mut self.head.logits);
+            for (chunk, sources) in self.rows.chunks(HEAD_ROWS).enumerate() {
+                let first = chunk * HEAD_ROWS;
+                let from = &mut self.scratch.normed;
+                if sources.iter().any(|source| !source.hidden) {
+                    let out = sized(&mut logits, sources.len() * vocab);
+                    self.head.multiply(&self.decoder, &self.pool, from, first, out);
+                }
+                self.profile.lap(StepOp::Head);
+                for (i, source) in sources.iter().enumerate() {
+                    let values = if source.hidden {
+                        row.copy_from_slice(&from.values()[(first + i) * hidden..][..hidden]);
+                        RowValues::Hidden(&mut row)
+                    } else {
+                        RowValues::Logits(&mut logits[i * vocab..][..vocab])
+                    };
+                    let sequence = plan.sequences[source.index].sequence;
+                    receive(OutputRow { sequence, position: source.position, values });
+                }
+            }
+            self.head.logits = logits;
+        }
+        Ok(())
+    }
+
+    /// Computes the next pass of a plan; false when there is none. Its rows are noted in
+    /// `self.rows`, their hidden states are in `self.scratch.normed`.
+    fn next_pass(&mut self, plan: &StepPlan, cursor: &mut PassCursor) -> bool {
+        cursor.next(plan, self.tokens_per_pass, &mut self.segments);
+        if self.segments.is_empty() {
+            return false;
+        }
+        self.rows.clear();
+        for segment in &self.segments {
+            let step = &plan.sequences[segment.index];
+            let (first, count) = wanted_suffix(step, segment);
+            let start = step.position + segment.first + first;
+            let (index, hidden) = (segment.index, step.wanted == LogitsWanted::Hidden);
+            let rows = (start..start + count).map(|position| RowSource { index, position, hidden });
+            self.rows.extend(rows);
+        }
+        let mut pass = Pass {
+            decoder: &self.decoder,
+            pool: &self.pool,
+            kv: &mut self.kv,
+            scratch: &mut self.scratch,
+            profile: &mut self.profile,
+            plan,
+            segments: &self.segments,
+        };
+        let rows = pass.run();
+        debug_assert_eq!(rows, self.rows.len());
+        true
+    }
+
+    pub fn decoder(&self) -> &Arc<Decoder> {
+        &self.decoder
+    }
+
+    /// Threads that compute, the caller's included.
+    pub fn threads(&self) -> usize {
+        self.pool.threads()
+    }
+
+    pub fn block_tokens(&self) -> usize {
+        self.limits.block_tokens
+    }
+
+    /// Blocks of KV storage: valid ids are below.
+    pub fn block_capacity(&self) -> usize {
+        self.limits.blocks
+    }
+
+    /// Bytes of one block's payload.
+    pub fn block_bytes(&self) -> usize {
+        self.kv.layout().block_bytes()
+    }
+
+    /// Bytes of keys and values that one token takes.
+    pub fn token_bytes(&self) -> usize {
+        self.block_bytes() / self.limits.block_tokens
+    }
+
+    /// Tokens that a sequence may have.
+    pub fn context_tokens_max(&self) -> usize {
+        self.limits.context_tokens_max
+    }
+
+    /// The payload of a block in the canonical layout; `None` for an id beyond the capacity.
+    pub fn block_payload(&self, block: BlockId) -> Option<&[u8]> {
+        self.kv.block(block)
+    }
+
+    /// Puts a payload that another executor of the same [`NumericalIdentity`] computed into a block.
+    pub fn write_block(&mut self, block: BlockId, payload: &[u8]) -> Result<(), BlockWriteError> {
+        self.kv.write_block(block, payload)
+    }
+
+    /// What keys and values depend on: only executors with equal identities may share blocks.
+    pub fn identity(&self) -> NumericalIdentity {
+        self.decoder.identity(self.kv.layout())
+    }
+
+    /// Where time went, if `ExecutorOptions::profile` was set.
+    pub fn profile(&self) -> &StepProfile {
+        &self.profile
+    }
+
+    /// Forgets the times measured so far.
+    pub fn clear_profile(&mut self) {
+        self.profile.clear();
+    }
+}
+
+impl HeadScratch {
+    /// `out = output matrix * rows`, for `out.len() / vocab` rows of `from` beginning at `first`.
+    fn multiply(
+        &mut self,
+        decoder: &Decoder,
+        pool: &ThreadPool,
+        from: &mut Activations,
+        first: usize,
+        out: &mut [f32],
+    ) {
+        let rows = out.len() / decoder.head.rows();
+        if rows == from.tokens() {
+            matmul(pool, &decoder.head, from, out);
+            return;
+        }
+        let width = from.cols();
+        let values = &from.values()[first * width..][..rows * width];
+        self.input.resize(rows, width).copy_from_slice(values);
+        matmul(pool, &decoder.head, &mut self.input, out);
+    }
+}
+
+/// `threads`, or for 0 one for each CPU that this process may use.
+pub(crate) fn threads_or_all(threads: usize) -> usize {
+    match threads {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        threads => threads,
+    }
+}
+
+/// Bytes of output that [`Executor::step`] keeps; more rows are to be taken by
+/// [`Executor::step_each`].
+pub const OUTPUT_BYTES_MAX: usize = 1 << 30;
+/// Block sizes that the wire and the cache know.
+pub const BLOCK_TOKENS: [usize; 4] = [8, 16, 32, 64];
+const KV_BYTES_DEFAULT: usize = 1 << 30;
+const TOKENS_PER_PASS_DEFAULT: usize = 512;
+/// Rows of logits computed at once when they are handed out one by one.
+const HEAD_ROWS: usize = 32;

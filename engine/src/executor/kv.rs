@@ -1,0 +1,85 @@
+//! The bytes of KV blocks.
+
+use super::ExecutorError;
+use cache::BlockId;
+use kernels::attention::{KvLayout, KvView};
+use thiserror::Error;
+
+/// Storage for a fixed number of blocks in one allocation.
+///
+/// A block is one contiguous payload in the canonical layout `[layer][k|v][kv_head][token][head_dim]`,
+/// little-endian, so that it can travel as it is. Pages are touched when a block is written first.
+pub struct KvStorage {
+    layout: KvLayout,
+    capacity: usize,
+    bytes: Vec<u8>,
+    /// Where the first block begins, so that it is aligned to [`ALIGNMENT`].
+    start: usize,
+}
+
+impl KvStorage {
+    /// Room for `capacity` blocks; nothing is touched yet.
+    pub fn new(layout: KvLayout, capacity: usize) -> Result<Self, ExecutorError> {
+        let too_large = || ExecutorError::KvTooLarge { blocks: capacity, block_bytes: layout.block_bytes() };
+        let bytes = capacity.checked_mul(layout.block_bytes()).ok_or_else(too_large)?;
+        let len = bytes.checked_add(ALIGNMENT).ok_or_else(too_large)?;
+        // Asks whether the memory can be had before an allocation that would abort.
+        Vec::<u8>::new().try_reserve_exact(len).map_err(|_| too_large())?;
+        let bytes = vec![0u8; len];
+        let start = bytes.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
+        Ok(KvStorage { layout, capacity, bytes, start })
+    }
+
+    pub fn layout(&self) -> &KvLayout {
+        &self.layout
+    }
+
+    /// Blocks that it holds.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// The payload of a block; `None` beyond the capacity.
+    pub fn block(&self, block: BlockId) -> Option<&[u8]> {
+        let size = self.layout.block_bytes();
+        ((block.0 as usize) < self.capacity)
+            .then(|| &self.bytes[self.start + block.0 as usize * size..][..size])
+    }
+
+    /// Replaces the payload of a block.
+    pub fn write_block(&mut self, block: BlockId, payload: &[u8]) -> Result<(), BlockWriteError> {
+        let size = self.layout.block_bytes();
+        if block.0 as usize >= self.capacity {
+            return Err(BlockWriteError::UnknownBlock { block, capacity: self.capacity });
+        }
+        if payload.len() != size {
+            return Err(BlockWriteError::WrongSize { bytes: payload.len(), block_bytes: size });
+        }
+        self.bytes[self.start + block.0 as usize * size..][..size].copy_from_slice(payload);
+        Ok(())
+    }
+
+    /// All blocks for reading.
+    pub(super) fn view(&self) -> KvView<'_> {
+        let len = self.capacity * self.layout.block_bytes();
+        KvView { layout: self.layout, storage: &self.bytes[self.start..][..len] }
+    }
+
+    /// All blocks, back to back, for writing.
+    pub(super) fn parts_mut(&mut self) -> (&KvLayout, &mut [u8]) {
+        let len = self.capacity * self.layout.block_bytes();
+        (&self.layout, &mut self.bytes[self.start..][..len])
+    }
+}
+
+/// Why a payload was not written. The block is as it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum BlockWriteError {
+    #[error("block {} is beyond the {capacity} blocks of the storage", block.0)]
+    UnknownBlock { block: BlockId, capacity: usize },
+    #[error("a payload of {bytes} bytes is not a block of {block_bytes} bytes")]
+    WrongSize { bytes: usize, block_bytes: usize },
+}
+
+/// Blocks begin at a cache line.
+const ALIGNMENT: usize = 64;

@@ -1,0 +1,19 @@
+//! Where a decoder's weights come from.
+
+use super::DecoderConfig;
+use crate::weights::{ModelError, Tensor, TensorRole};
+
+/// A model as its description and its tensors, whatever they are stored in.
+pub trait TensorSource: Send + Sync {
+    fn config(&self) -> &DecoderConfig;
+
+    /// The tensor of a role that [`TensorRole::all`] names for this description, in the role's
+    /// shape. Cheap where the bytes are borrowed.
+    fn tensor(&self, role: TensorRole) -> Result<Tensor<'_>, ModelError>;
+
+    /// Bytes of all tensors together, for progress.
+    fn weight_bytes(&self) -> u64;
+
+    /// Says that a borrowed tensor was copied and its pages may leave memory.
+    fn release(&self, _role: TensorRole) {}
+}
