@@ -25,7 +25,7 @@ pub struct Decoder {
     pub(crate) final_norm: Vec<f32>,
     /// `[vocab, hidden]`
     pub(crate) head: Matrix,
-    weights_digest: [u8; 32],
+    quant: Option<Quant>,
     packed_bytes: u64,
 }
 
@@ -85,9 +85,8 @@ impl Decoder {
             quant,
             progress,
             bytes_done: 0,
-            bytes_total: source.weight_bytes(),
+            bytes_total: bytes_total(&*source)?,
             packed_bytes: 0,
-            digest: blake3::Hasher::new(),
         };
         let mut layers = Vec::new();
         for layer in 0..config.layers {
@@ -95,7 +94,6 @@ impl Decoder {
         }
         let final_norm = loader.vector(TensorRole::OutputNorm)?;
         let head = loader.head()?;
-        let weights_digest = *loader.digest.finalize().as_bytes();
         let packed_bytes = loader.packed_bytes;
         let embedding = Embedding::new(Arc::clone(&source))?;
         Ok(Decoder {
@@ -105,7 +103,7 @@ impl Decoder {
             layers,
             final_norm,
             head,
-            weights_digest,
+            quant,
             packed_bytes,
         })
     }
@@ -119,15 +117,12 @@ impl Decoder {
         self.packed_bytes
     }
 
-    /// BLAKE3 of every tensor and of how it was quantized while loading.
-    pub fn weights_digest(&self) -> &[u8; 32] {
-        &self.weights_digest
-    }
-
-    /// What the bits of keys and values in blocks of `layout` depend on.
+    /// What the bits of keys and values in blocks of `layout` depend on. The first call may read
+    /// all weights.
     pub fn identity(&self, layout: &KvLayout) -> NumericalIdentity {
         NumericalIdentity {
-            weights_digest: self.weights_digest,
+            weights_digest: self.embedding.source().digest(),
+            quant: self.quant,
             architecture: self.config.architecture,
             kv_dtype: layout.dtype,
             rope_digest: rope_digest(&self.config.rope),
@@ -144,6 +139,17 @@ impl Decoder {
     }
 }
 
+/// Bytes of the tensors that will be packed.
+fn bytes_total(source: &dyn TensorSource) -> Result<u64, LoadError> {
+    let config = source.config();
+    let is_read = |role: &TensorRole| config.tied_embeddings || *role != TensorRole::TokenEmbedding;
+    let mut total = 0;
+    for role in TensorRole::all(config).into_iter().filter(is_read) {
+        total += source.tensor(role)?.bytes.len() as u64;
+    }
+    Ok(total)
+}
+
 /// Loading in progress.
 struct Loader<'a> {
     source: &'a dyn TensorSource,
@@ -155,7 +161,6 @@ struct Loader<'a> {
     bytes_done: u64,
     bytes_total: u64,
     packed_bytes: u64,
-    digest: blake3::Hasher,
 }
 
 impl<'a> Loader<'a> {
@@ -199,13 +204,11 @@ impl<'a> Loader<'a> {
 
     fn head(&mut self) -> Result<Matrix, LoadError> {
         let quant = self.quant.map(|_| Quant::Q8_0);
-        if !self.config.tied_embeddings {
-            // The table is not packed, but it decides every answer all the same.
-            let table = self.source.tensor(TensorRole::TokenEmbedding)?;
-            self.note(TensorRole::TokenEmbedding, &table);
-            return self.matrix(TensorRole::Output, quant);
-        }
-        self.matrix(TensorRole::TokenEmbedding, quant)
+        let role = match self.config.tied_embeddings {
+            true => TensorRole::TokenEmbedding,
+            false => TensorRole::Output,
+        };
+        self.matrix(role, quant)
     }
 
     fn projection(
@@ -226,7 +229,7 @@ impl<'a> Loader<'a> {
         let mut values = vec![0.0; tensor.rows * tensor.cols];
         dequantize(tensor.format, &tensor.bytes, &mut values)
             .map_err(|e| LoadError::Tensor { tensor: tensor.name.clone(), reason: e.to_string() })?;
-        self.note(role, &tensor);
+        self.note(&tensor);
         Ok(values)
     }
 
@@ -243,8 +246,7 @@ impl<'a> Loader<'a> {
         };
         let matrix = packed.map_err(|e| Self::refuse(&tensor, e))?;
         self.packed_bytes += matrix.packed_bytes() as u64;
-        self.digest.update(matrix.format().name().as_bytes());
-        self.note(role, &tensor);
+        self.note(&tensor);
         drop(tensor);
         self.source.release(role);
         Ok(matrix)
@@ -294,15 +296,7 @@ impl<'a> Loader<'a> {
         Ok(out)
     }
 
-    /// Books a tensor: its bytes go into the digest and into the progress.
-    fn note(&mut self, role: TensorRole, tensor: &Tensor<'_>) {
-        let mut pieces = vec![[0u8; 32]; tensor.bytes.len().div_ceil(DIGEST_PIECE)];
-        self.pool.run_chunks(&mut pieces, 1, |index, piece| {
-            let end = tensor.bytes.len().min((index + 1) * DIGEST_PIECE);
-            piece[0] = *blake3::hash(&tensor.bytes[index * DIGEST_PIECE..end]).as_bytes();
-        });
-        self.digest.update(format!("{role:?} {}", tensor.format).as_bytes());
-        self.digest.update(pieces.as_flattened());
+    fn note(&mut self, tensor: &Tensor<'_>) {
         self.bytes_done += tensor.bytes.len() as u64;
         let (bytes_done, bytes_total) = (self.bytes_done, self.bytes_total);
         (self.progress)(LoadProgress { bytes_done, bytes_total });
@@ -322,5 +316,3 @@ impl Quant {
 const QUANT_BLOCK: usize = 32;
 /// Rows that a thread quantizes at once.
 const ROWS_PER_TASK: usize = 16;
-/// Bytes that a thread hashes at once.
-const DIGEST_PIECE: usize = 1 << 20;

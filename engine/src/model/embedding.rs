@@ -33,6 +33,10 @@ impl Embedding {
         Ok(Embedding { source, made, format, row_bytes, hidden })
     }
 
+    pub fn source(&self) -> &dyn TensorSource {
+        &*self.source
+    }
+
     /// `out[t] = table[tokens[t]]`, `[tokens, hidden]`. Every token is in the vocabulary.
     pub fn look_up(&self, pool: &ThreadPool, tokens: &[TokenId], out: &mut [f32]) {
         let table = match &self.made {

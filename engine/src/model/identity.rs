@@ -1,6 +1,6 @@
 //! What the bits of cached keys and values depend on.
 
-use super::{Architecture, Rope, RopeLayout};
+use super::{Architecture, Quant, Rope, RopeLayout};
 use kernels::attention::KvDtype;
 
 /// Keys and values may be shared exactly between executors whose identities are equal.
@@ -8,8 +8,10 @@ use kernels::attention::KvDtype;
 /// Where blocks lie (layer range, block size) is the placement's business and not part of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NumericalIdentity {
-    /// BLAKE3 of all weights as they are computed with, quantization while loading included.
+    /// BLAKE3 of all weights as the file has them.
     pub weights_digest: [u8; 32],
+    /// How float weights were quantized while loading.
+    pub quant: Option<Quant>,
     pub architecture: Architecture,
     pub kv_dtype: KvDtype,
     /// BLAKE3 of the rotary frequencies, their scale and their layout.
@@ -30,7 +32,12 @@ impl NumericalIdentity {
         hasher.update(&self.numerics_version.to_le_bytes());
         hasher.update(&self.weights_digest);
         hasher.update(&self.rope_digest);
-        hasher.update(&[dtype]);
+        let quant: u8 = match self.quant {
+            None => 0,
+            Some(Quant::Q8_0) => 1,
+            Some(Quant::Q4_0) => 2,
+        };
+        hasher.update(&[dtype, quant]);
         hasher.update(self.architecture.name().as_bytes());
         *hasher.finalize().as_bytes()
     }

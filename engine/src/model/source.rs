@@ -11,8 +11,8 @@ pub trait TensorSource: Send + Sync {
     /// shape. Cheap where the bytes are borrowed.
     fn tensor(&self, role: TensorRole) -> Result<Tensor<'_>, ModelError>;
 
-    /// Bytes of all tensors together, for progress.
-    fn weight_bytes(&self) -> u64;
+    /// BLAKE3 of all tensors: different for any other weights. May read all of them.
+    fn digest(&self) -> [u8; 32];
 
     /// Says that a borrowed tensor was copied and its pages may leave memory.
     fn release(&self, _role: TensorRole) {}
