@@ -118,12 +118,7 @@ pub(super) struct PassCursor {
 
 impl PassCursor {
     /// Fills `segments` with those of the next pass; empty when the plan is done.
-    pub fn next(
-        &mut self,
-        plan: &StepPlan,
-        tokens_per_pass: usize,
-        segments: &mut Vec<Segment>,
-    ) {
+    pub fn next(&mut self, plan: &StepPlan, tokens_per_pass: usize, segments: &mut Vec<Segment>) {
         segments.clear();
         let mut rows = 0;
         while let Some(s) = plan.sequences.get(self.index)

@@ -94,11 +94,7 @@ impl Pass<'_> {
         rows
     }
 
-    fn layers(
-        &mut self,
-        queries: &[SequenceQueries<'_>],
-        wanted: &[SequenceQueries<'_>],
-    ) -> usize {
+    fn layers(&mut self, queries: &[SequenceQueries<'_>], wanted: &[SequenceQueries<'_>]) -> usize {
         let decoder = self.decoder;
         self.embed();
         self.profile.lap(StepOp::Embed);
@@ -249,12 +245,7 @@ impl Pass<'_> {
     }
 
     /// `mixed = attention(q)` over the blocks of each sequence
-    fn attend(
-        &mut self,
-        layer: usize,
-        window: Option<usize>,
-        queries: &[SequenceQueries<'_>],
-    ) {
+    fn attend(&mut self, layer: usize, window: Option<usize>, queries: &[SequenceQueries<'_>]) {
         let config = &self.decoder.config;
         let scale = 1.0 / (config.head_dim as f32).sqrt();
         let params = AttentionParams { layer, heads: config.heads, scale, window };

@@ -20,7 +20,8 @@ pub struct KvStorage {
 impl KvStorage {
     /// Room for `capacity` blocks; nothing is touched yet.
     pub fn new(layout: KvLayout, capacity: usize) -> Result<Self, ExecutorError> {
-        let too_large = || ExecutorError::KvTooLarge { blocks: capacity, block_bytes: layout.block_bytes() };
+        let too_large =
+            || ExecutorError::KvTooLarge { blocks: capacity, block_bytes: layout.block_bytes() };
         let bytes = capacity.checked_mul(layout.block_bytes()).ok_or_else(too_large)?;
         let len = bytes.checked_add(ALIGNMENT).ok_or_else(too_large)?;
         // Asks whether the memory can be had before an allocation that would abort.

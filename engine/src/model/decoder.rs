@@ -96,16 +96,7 @@ impl Decoder {
         let head = loader.head()?;
         let packed_bytes = loader.packed_bytes;
         let embedding = Embedding::new(Arc::clone(&source))?;
-        Ok(Decoder {
-            config,
-            isa,
-            embedding,
-            layers,
-            final_norm,
-            head,
-            quant,
-            packed_bytes,
-        })
+        Ok(Decoder { config, isa, embedding, layers, final_norm, head, quant, packed_bytes })
     }
 
     pub fn config(&self) -> &DecoderConfig {
@@ -227,8 +218,10 @@ impl<'a> Loader<'a> {
     fn vector(&mut self, role: TensorRole) -> Result<Vec<f32>, LoadError> {
         let tensor = self.tensor(role)?;
         let mut values = vec![0.0; tensor.rows * tensor.cols];
-        dequantize(tensor.format, &tensor.bytes, &mut values)
-            .map_err(|e| LoadError::Tensor { tensor: tensor.name.clone(), reason: e.to_string() })?;
+        dequantize(tensor.format, &tensor.bytes, &mut values).map_err(|e| LoadError::Tensor {
+            tensor: tensor.name.clone(),
+            reason: e.to_string(),
+        })?;
         self.note(&tensor);
         Ok(values)
     }

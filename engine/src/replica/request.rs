@@ -1,6 +1,6 @@
 //! What may be asked of a replica, and what it answers with.
 
-use crate::grammar::GrammarSpec;
+use crate::grammar::Grammar;
 use crate::sampler::{ParamError, SampledToken, SamplingParams};
 use protocol::{Duration, Instant, RequestId, TenantId, TokenId};
 use thiserror::Error;
@@ -21,7 +21,7 @@ pub struct GenerateRequest {
     /// Generation ends before the first of these, also when it spans tokens.
     pub stop: Vec<String>,
     /// Compiled beforehand, away from the thread that steps.
-    pub grammar: Option<GrammarSpec>,
+    pub grammar: Option<Grammar>,
     /// Special tokens that belong to the text here (markers of tool calls).
     pub visible_specials: Vec<TokenId>,
     /// Go on past end-of-generation tokens: benchmarks only.
