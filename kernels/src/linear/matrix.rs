@@ -50,6 +50,9 @@ impl Matrix {
         let panels = rows.div_ceil(PANEL);
         let total = panel_bytes.checked_mul(panels).ok_or(PackError::TooLarge { rows, cols })?;
         let packed = Buffer::zeroed(total).ok_or(PackError::TooLarge { rows, cols })?;
+        if total == 0 {
+            return Ok(Matrix { isa, format, layout, rows, cols, panel_bytes, packed });
+        }
         let start = Start(packed.start.as_ptr());
         pool.run(panels, &|panel| {
             // SAFETY: each task has a panel of its own, inside of the buffer's `total` bytes.
@@ -61,7 +64,8 @@ impl Matrix {
             let bytes = &bytes[first * row_bytes..][..rows * row_bytes];
             match &layout {
                 Some(layout) => pack_quantized(layout, format, row_bytes, bytes, out),
-                None => pack_floats(format.block_bytes(), row_bytes, bytes, out),
+                None if format == Format::F32 => pack_floats::<4>(cols, bytes, out),
+                None => pack_floats::<2>(cols, bytes, out),
             }
         });
         Ok(Matrix { isa, format, layout, rows, cols, panel_bytes, packed })
@@ -145,11 +149,16 @@ impl fmt::Display for PackError {
 
 impl std::error::Error for PackError {}
 
-/// `[row][col]` to `[col][row]`, for elements of `size` bytes.
-fn pack_floats(size: usize, row_bytes: usize, bytes: &[u8], out: &mut [u8]) {
-    for (r, row) in bytes.chunks_exact(row_bytes.max(1)).enumerate() {
-        for (element, out) in row.chunks_exact(size).zip(out.chunks_exact_mut(PANEL * size)) {
-            out[r * size..][..size].copy_from_slice(element);
+/// `[row][col]` to `[col][row]`, for elements of `N` bytes; a few columns at a time, so that what
+/// is written stays in the first cache while the rows come by.
+fn pack_floats<const N: usize>(cols: usize, bytes: &[u8], out: &mut [u8]) {
+    let (elements, _) = bytes.as_chunks::<N>();
+    let (out, _) = out.as_chunks_mut::<N>();
+    for (first, out) in (0..cols).step_by(COLS_AT_ONCE).zip(out.chunks_mut(COLS_AT_ONCE * PANEL)) {
+        for (r, row) in elements.chunks_exact(cols).enumerate() {
+            for (element, out) in row[first..].iter().zip(out.as_chunks_mut::<PANEL>().0) {
+                out[r] = *element;
+            }
         }
     }
 }
@@ -157,10 +166,9 @@ fn pack_floats(size: usize, row_bytes: usize, bytes: &[u8], out: &mut [u8]) {
 fn pack_quantized(layout: &Layout, format: Format, row_bytes: usize, bytes: &[u8], out: &mut [u8]) {
     let mut block = Block::default();
     let group_bytes = layout.header_bytes() + layout.group() * layout.step_bytes();
-    for (r, row) in bytes.chunks_exact(row_bytes.max(1)).enumerate() {
-        let groups = out.chunks_exact_mut(group_bytes);
-        for (bytes, out) in row.chunks_exact(format.block_bytes()).zip(groups) {
-            block.open(format, bytes);
+    for (g, out) in out.chunks_exact_mut(group_bytes).enumerate() {
+        for (r, row) in bytes.chunks_exact(row_bytes).enumerate() {
+            block.open(format, &row[g * format.block_bytes()..][..format.block_bytes()]);
             pack_group(layout, &block, r, out);
         }
     }
@@ -200,20 +208,29 @@ fn put_halves(layout: &Layout, block: &Block, r: usize, out: &mut [u8]) {
 }
 
 fn put_codes(layout: &Layout, from: &[u8; STEP], r: usize, out: &mut [u8]) {
-    for (i, &code) in from.iter().enumerate() {
-        let code = code + layout.bias;
-        let g = i / 4;
-        let mut put = |v: usize, bits: u8| out[(v * PANEL + r) * 4 + i % 4] |= bits;
-        match layout.bits {
-            Bits::Eight => put(g, code),
-            Bits::Four | Bits::Levels => put(g % 4, code << (g / 4 * 4)),
-            Bits::Five => {
-                put(g % 4, (code >> 1) << (g / 4 * 4));
-                put(4, (code & 1) << g);
-            }
-            Bits::Six => {
-                put(g % 4, (code >> 2) << (g / 4 * 4));
-                put(4 + g / 4, (code & 3) << (g % 4 * 2));
+    // Four codes at a time, as the bytes of a word: no code grows out of its byte.
+    let bias = EACH * u32::from(layout.bias);
+    let mut words = [0; STEP / 4];
+    for (word, codes) in words.iter_mut().zip(from.as_chunks::<4>().0) {
+        *word = u32::from_le_bytes(*codes) + bias;
+    }
+    let mut put = |piece: usize, word: u32| {
+        out[(piece * PANEL + r) * 4..][..4].copy_from_slice(&word.to_le_bytes());
+    };
+    let low = |bits: u32, g: usize| words[g] & (EACH * ((1 << bits) - 1));
+    match layout.bits {
+        Bits::Eight => (0..8).for_each(|g| put(g, words[g])),
+        Bits::Four | Bits::Levels => (0..4).for_each(|g| put(g, words[g] | words[g + 4] << 4)),
+        Bits::Five => {
+            let high = |g: usize| (words[g] - low(1, g)) >> 1;
+            (0..4).for_each(|g| put(g, high(g) | high(g + 4) << 4));
+            put(4, (0..8).fold(0, |piece, g| piece | low(1, g) << g));
+        }
+        Bits::Six => {
+            let high = |g: usize| (words[g] - low(2, g)) >> 2;
+            (0..4).for_each(|g| put(g, high(g) | high(g + 4) << 4));
+            for part in 0..2 {
+                put(4 + part, (0..4).fold(0, |piece, g| piece | low(2, 4 * part + g) << (2 * g)));
             }
         }
     }
@@ -267,6 +284,12 @@ impl Drop for Buffer {
         unsafe { dealloc(self.start.as_ptr(), memory) }
     }
 }
+
+/// One in each byte of a word.
+const EACH: u32 = 0x0101_0101;
+
+/// Columns of floats that are packed before the next row's are.
+const COLS_AT_ONCE: usize = 64;
 
 /// Bytes of a cache line.
 const LINE: usize = 64;
