@@ -283,32 +283,40 @@ impl<'a> Work<'a> {
         high: usize,
     ) {
         let Tile { head_dim, padded, .. } = self.call.tile;
-        // SAFETY: `load` and `load_part` stay inside a row; the stores stay inside [head_dim, TILE]
-        // and [TILE, padded], of which `d + j < head_dim`, `position < TILE` and `d < padded` are
-        // indices.
+        let whole = head_dim / LANES * LANES;
+        // SAFETY: loads stay inside a row; the stores stay inside [head_dim, TILE] and
+        // [TILE, padded], of which `d + j < head_dim`, `position < TILE` and `d < padded` are indices.
         unsafe {
             let keys = slot.keys.as_mut_ptr();
             for lanes in (low / LANES * LANES..high).step_by(LANES) {
-                for d in (0..head_dim).step_by(LANES) {
-                    let count = LANES.min(head_dim - d);
+                let rows: &[*const u8; LANES] =
+                    rows[lanes..].first_chunk().expect("a tile is whole vectors");
+                for d in (0..whole).step_by(LANES) {
+                    let to = keys.add(d * TILE + lanes);
                     let mut square = [L::splat(0.0); LANES];
                     for i in 0..LANES {
-                        let from = rows[lanes + i].add(d * E::BYTES);
-                        square[i] = load_element_part::<L, E>(from, count);
+                        square[i] = E::load::<L>(rows[i].add(d * E::BYTES));
                     }
                     L::transpose(&mut square);
-                    for j in 0..count {
-                        square[j].store(keys.add((d + j) * TILE + lanes));
+                    for j in 0..LANES {
+                        square[j].store(to.add(j * TILE));
                     }
+                }
+                if whole < head_dim {
+                    let to = keys.add(whole * TILE + lanes);
+                    transpose_part::<L, E>(rows, whole, head_dim - whole, to);
                 }
             }
             let values = slot.values.as_mut_ptr();
             for position in low..high {
                 let row = rows[position].add(to_values);
-                for d in (0..padded).step_by(LANES) {
-                    let count = LANES.min(head_dim - d);
-                    load_element_part::<L, E>(row.add(d * E::BYTES), count)
-                        .store(values.add(position * padded + d));
+                let to = values.add(position * padded);
+                for d in (0..whole).step_by(LANES) {
+                    E::load::<L>(row.add(d * E::BYTES)).store(to.add(d));
+                }
+                if whole < head_dim {
+                    let from = row.add(whole * E::BYTES);
+                    load_element_part::<L, E>(from, head_dim - whole).store(to.add(whole));
                 }
             }
         }
@@ -474,9 +482,13 @@ impl<'a> Work<'a> {
             unsafe {
                 let to = self.call.out.add(self.offset(row));
                 let sum = L::splat(slot.total_sum[row]);
-                for d in (0..head_dim).step_by(LANES) {
-                    let quotient = L::load(from.add(d)).div(sum);
-                    quotient.store_part(to.add(d), LANES.min(head_dim - d));
+                let whole = head_dim / LANES * LANES;
+                for d in (0..whole).step_by(LANES) {
+                    L::load(from.add(d)).div(sum).store(to.add(d));
+                }
+                if whole < head_dim {
+                    let quotient = L::load(from.add(whole)).div(sum);
+                    quotient.store_part(to.add(whole), head_dim - whole);
                 }
             }
         }
@@ -635,15 +647,32 @@ impl Element for F32 {
     }
 }
 
-/// The first `count <= 16` elements, zeros behind them.
-#[inline(always)]
+/// Elements `d..d + count`, `count < 16`, of sixteen rows: element `d + j` of row `i` goes to
+/// `to[j * TILE + i]`.
+#[inline(never)]
+unsafe fn transpose_part<L: Lanes, E: Element>(
+    rows: &[*const u8; LANES],
+    d: usize,
+    count: usize,
+    to: *mut f32,
+) {
+    for (i, row) in rows.iter().enumerate() {
+        // SAFETY: the caller promises the elements of each row and room in `to`.
+        unsafe {
+            let lanes = load_element_part::<L, E>(row.add(d * E::BYTES), count).to_array();
+            for (j, &lane) in lanes[..count].iter().enumerate() {
+                *to.add(j * TILE + i) = lane;
+            }
+        }
+    }
+}
+
+/// The first `count < 16` elements, zeros behind them.
+#[inline(never)]
 unsafe fn load_element_part<L: Lanes, E: Element>(from: *const u8, count: usize) -> L {
+    let mut bytes = [0u8; 4 * LANES];
     // SAFETY: `count` elements can be read, by the caller's promise.
     unsafe {
-        if count == LANES {
-            return E::load::<L>(from);
-        }
-        let mut bytes = [0u8; 4 * LANES];
         std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), count * E::BYTES);
         E::load::<L>(bytes.as_ptr())
     }
