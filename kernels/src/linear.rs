@@ -11,6 +11,7 @@
 //! their order, on the number of threads, nor on the instruction set.
 
 mod activations;
+mod buffer;
 mod layout;
 mod matrix;
 mod scalar;

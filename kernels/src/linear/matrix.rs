@@ -1,9 +1,8 @@
 //! Weights, packed into panels.
 
-use std::alloc::{Layout as Memory, alloc_zeroed, dealloc, handle_alloc_error};
 use std::fmt;
-use std::ptr::NonNull;
 
+use super::buffer::Buffer;
 use super::layout::{Bits, Layout, PANEL, STEP};
 use crate::format::{Block, Format};
 use crate::isa::Isa;
@@ -49,16 +48,13 @@ impl Matrix {
         };
         let panels = rows.div_ceil(PANEL);
         let total = panel_bytes.checked_mul(panels).ok_or(PackError::TooLarge { rows, cols })?;
-        let packed = Buffer::zeroed(total).ok_or(PackError::TooLarge { rows, cols })?;
+        let packed = Buffer::new(total).ok_or(PackError::TooLarge { rows, cols })?;
         if total == 0 {
             return Ok(Matrix { isa, format, layout, rows, cols, panel_bytes, packed });
         }
-        let start = Start(packed.start.as_ptr());
         pool.run(panels, &|panel| {
-            // SAFETY: each task has a panel of its own, inside of the buffer's `total` bytes.
-            let out = unsafe {
-                std::slice::from_raw_parts_mut(start.at(panel * panel_bytes), panel_bytes)
-            };
+            // SAFETY: each panel belongs to one task, and nothing else uses the buffer yet.
+            let out = unsafe { packed.piece(panel * panel_bytes, panel_bytes) };
             let first = panel * PANEL;
             let rows = PANEL.min(rows - first);
             let bytes = &bytes[first * row_bytes..][..rows * row_bytes];
@@ -93,7 +89,7 @@ impl Matrix {
 
     /// Bytes of memory that the packed weights take.
     pub fn packed_bytes(&self) -> usize {
-        self.packed.len
+        self.packed.len()
     }
 
     pub(super) fn layout(&self) -> Option<&Layout> {
@@ -105,7 +101,9 @@ impl Matrix {
     }
 
     pub(super) fn panel(&self, panel: usize) -> &[u8] {
-        &self.packed.bytes()[panel * self.panel_bytes..][..self.panel_bytes]
+        // SAFETY: `pack` has written every panel, and lent the buffer to nobody since.
+        let bytes = unsafe { self.packed.bytes() };
+        &bytes[panel * self.panel_bytes..][..self.panel_bytes]
     }
 }
 
@@ -236,60 +234,8 @@ fn put_codes(layout: &Layout, from: &[u8; STEP], r: usize, out: &mut [u8]) {
     }
 }
 
-/// Zeroed memory that begins at a cache line.
-struct Buffer {
-    start: NonNull<u8>,
-    len: usize,
-}
-
-/// The start of a buffer that tasks write disjoint parts of.
-struct Start(*mut u8);
-
-// SAFETY: the pointer is only used to make slices that do not overlap (see `Matrix::pack`).
-unsafe impl Sync for Start {}
-
-impl Start {
-    /// # Safety
-    /// `offset` lies inside of the buffer or at its end.
-    unsafe fn at(&self, offset: usize) -> *mut u8 {
-        // SAFETY: promised by the caller.
-        unsafe { self.0.add(offset) }
-    }
-}
-
-// SAFETY: a `Buffer` owns its memory and hands out shared slices only.
-unsafe impl Send for Buffer {}
-// SAFETY: as above, and nothing is mutable behind a shared reference.
-unsafe impl Sync for Buffer {}
-
-impl Buffer {
-    fn zeroed(len: usize) -> Option<Buffer> {
-        let memory = Memory::from_size_align(len.max(1), LINE).ok()?;
-        // SAFETY: the size is not zero.
-        let start = unsafe { alloc_zeroed(memory) };
-        let start = NonNull::new(start).unwrap_or_else(|| handle_alloc_error(memory));
-        Some(Buffer { start, len })
-    }
-
-    fn bytes(&self) -> &[u8] {
-        // SAFETY: `start` owns `len` initialized bytes for as long as `self` lives.
-        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
-    }
-}
-
-impl Drop for Buffer {
-    fn drop(&mut self) {
-        let memory = Memory::from_size_align(self.len.max(1), LINE).expect("checked in zeroed");
-        // SAFETY: allocated in `zeroed` with this very layout.
-        unsafe { dealloc(self.start.as_ptr(), memory) }
-    }
-}
-
 /// One in each byte of a word.
 const EACH: u32 = 0x0101_0101;
 
 /// Columns of floats that are packed before the next row's are.
 const COLS_AT_ONCE: usize = 64;
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
