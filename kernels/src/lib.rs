@@ -12,7 +12,6 @@ pub mod format;
 pub mod isa;
 pub mod linear;
 pub mod map;
-pub mod measure;
 pub mod ops;
 pub mod pool;
 pub mod quant;

@@ -135,7 +135,7 @@ fn bytes_total(source: &dyn TensorSource) -> Result<u64, LoadError> {
     let config = source.config();
     let is_read = |role: &TensorRole| config.tied_embeddings || *role != TensorRole::TokenEmbedding;
     let mut total = 0;
-    for role in TensorRole::all(config).into_iter().filter(is_read) {
+    for role in TensorRole::all(config).filter(is_read) {
         total += source.tensor(role)?.bytes.len() as u64;
     }
     Ok(total)
@@ -240,8 +240,6 @@ impl<'a> Loader<'a> {
         let matrix = packed.map_err(|e| Self::refuse(&tensor, e))?;
         self.packed_bytes += matrix.packed_bytes() as u64;
         self.note(&tensor);
-        drop(tensor);
-        self.source.release(role);
         Ok(matrix)
     }
 

@@ -1,7 +1,7 @@
 //! Where a decoder's weights come from.
 
 use super::DecoderConfig;
-use crate::weights::{ModelError, Tensor, TensorRole};
+use crate::weights::{ModelError, ModelSource, Tensor, TensorRole};
 
 /// A model as its description and its tensors, whatever they are stored in.
 pub trait TensorSource: Send + Sync {
@@ -13,7 +13,18 @@ pub trait TensorSource: Send + Sync {
 
     /// BLAKE3 of all tensors: different for any other weights. May read all of them.
     fn digest(&self) -> [u8; 32];
+}
 
-    /// Says that a borrowed tensor was copied and its pages may leave memory.
-    fn release(&self, _role: TensorRole) {}
+impl TensorSource for ModelSource {
+    fn config(&self) -> &DecoderConfig {
+        &self.config
+    }
+
+    fn tensor(&self, role: TensorRole) -> Result<Tensor<'_>, ModelError> {
+        ModelSource::tensor(self, role)
+    }
+
+    fn digest(&self) -> [u8; 32] {
+        ModelSource::digest(self)
+    }
 }

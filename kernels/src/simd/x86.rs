@@ -12,8 +12,6 @@ use super::{LANES, Lanes, ROUND_MAGIC};
 pub(crate) struct Avx512Lanes(__m512);
 
 impl Lanes for Avx512Lanes {
-    const ROWS: usize = 8;
-
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
         // SAFETY: the trait's promise.
@@ -177,8 +175,6 @@ impl Lanes for Avx512Lanes {
 pub(crate) struct Avx2Lanes(__m256, __m256);
 
 impl Lanes for Avx2Lanes {
-    const ROWS: usize = 4;
-
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
         // SAFETY: the trait's promise.
