@@ -10,6 +10,10 @@ mod hf;
 mod role;
 mod source;
 mod tensor;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+#[cfg(test)]
+mod tests;
 
 pub use error::ModelError;
 pub use gguf::GgufTokenizer;

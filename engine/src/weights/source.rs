@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use kernels::format::Format;
 use kernels::map::MappedFile;
@@ -66,7 +67,7 @@ pub(super) struct WeightFile {
 
 pub(super) enum WeightBytes {
     Mapped(MappedFile),
-    Static(&'static [u8]),
+    Memory(Cow<'static, [u8]>),
 }
 
 /// A tensor's place and shape.
@@ -96,7 +97,15 @@ impl ModelSource {
 
     /// Opens a GGUF that is part of the binary; `name` stands in for the file's name in errors.
     pub fn from_static(name: &str, bytes: &'static [u8]) -> Result<ModelSource, ModelError> {
-        gguf::open(WeightFile { path: name.into(), bytes: WeightBytes::Static(bytes) })
+        ModelSource::from_bytes(name, bytes)
+    }
+
+    /// Opens a GGUF that is already in memory.
+    pub fn from_bytes(
+        name: &str,
+        bytes: impl Into<Cow<'static, [u8]>>,
+    ) -> Result<ModelSource, ModelError> {
+        gguf::open(WeightFile { path: name.into(), bytes: WeightBytes::Memory(bytes.into()) })
     }
 
     /// Bytes of all files with tensors in them.
@@ -133,27 +142,51 @@ impl ModelSource {
         Ok(Some(Tensor { name, format, rows, cols, bytes: Cow::Borrowed(bytes) }))
     }
 
-    /// BLAKE3 over the name, format, shape and bytes of every tensor, in the order of the names:
-    /// the same weights give the same digest whatever else the file says, and any other weights
-    /// another one.
+    /// BLAKE3 over the name, format, shape and BLAKE3 of the bytes of every tensor, in the order of
+    /// the names: the same weights give the same digest whatever else the file says, and any other
+    /// weights another one.
     ///
-    /// The first call reads every weight (some gigabytes a second from a warm page cache) and may
-    /// run on another thread while the model is made ready; later calls give the kept result.
+    /// The first call reads every weight, with as many threads as there are cores, and may run on
+    /// another thread while the model is made ready; later calls give the kept result.
     pub fn digest(&self) -> [u8; 32] {
         *self.digest.get_or_init(|| {
             let mut hasher = blake3::Hasher::new_derive_key(DIGEST_CONTEXT);
-            for (name, place) in &self.places {
+            for ((name, place), bytes) in self.places.iter().zip(self.tensor_digests()) {
                 hasher.update(&(name.len() as u64).to_le_bytes());
                 hasher.update(name.as_bytes());
                 hasher.update(&place.format.ggml().to_le_bytes());
                 for dim in place.dims {
                     hasher.update(&(dim as u64).to_le_bytes());
                 }
-                let bytes = self.files[place.file].bytes();
-                hasher.update(&bytes[place.start..place.start + place.len]);
+                hasher.update(&bytes);
             }
             *hasher.finalize().as_bytes()
         })
+    }
+
+    /// The digest of each tensor's bytes, in the order of the names.
+    fn tensor_digests(&self) -> Vec<[u8; 32]> {
+        let places: Vec<&Place> = self.places.values().collect();
+        let digests: Vec<OnceLock<[u8; 32]>> = places.iter().map(|_| OnceLock::new()).collect();
+        let digest = |index: usize| {
+            let Place { file, start, len, .. } = *places[index];
+            *blake3::hash(&self.files[file].bytes()[start..start + len]).as_bytes()
+        };
+        let next = AtomicUsize::new(0);
+        let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+        std::thread::scope(|scope| {
+            for _ in 0..threads.min(DIGEST_THREADS_MAX) {
+                scope.spawn(|| {
+                    loop {
+                        let index = next.fetch_add(1, Ordering::Relaxed);
+                        let Some(slot) = digests.get(index) else { break };
+                        slot.get_or_init(|| digest(index));
+                    }
+                });
+            }
+        });
+        let kept = |(index, slot): (usize, &OnceLock<_>)| *slot.get_or_init(|| digest(index));
+        digests.iter().enumerate().map(kept).collect()
     }
 
     /// The name and place of a role, and which part of a stack it is.
@@ -228,7 +261,7 @@ impl WeightFile {
     pub fn bytes(&self) -> &[u8] {
         match &self.bytes {
             WeightBytes::Mapped(map) => map.bytes(),
-            WeightBytes::Static(bytes) => bytes,
+            WeightBytes::Memory(bytes) => bytes,
         }
     }
 
@@ -241,7 +274,7 @@ impl fmt::Debug for WeightBytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (kind, len) = match self {
             WeightBytes::Mapped(map) => ("mapped", map.bytes().len()),
-            WeightBytes::Static(bytes) => ("static", bytes.len()),
+            WeightBytes::Memory(bytes) => ("owned", bytes.len()),
         };
         write!(f, "{len} {kind} bytes")
     }
@@ -254,5 +287,7 @@ fn shape(dims: &[usize; gguf::DIMS_MAX]) -> String {
     format!("[{}]", parts.join(", "))
 }
 
+/// Threads that read for the digest.
+const DIGEST_THREADS_MAX: usize = 16;
 /// Separates this use of BLAKE3 from all others.
 const DIGEST_CONTEXT: &str = "grapevine 2026-01 weights digest";
