@@ -7,7 +7,8 @@
 //!
 //! Each line is the median of the repetitions of one product. GB/s counts the packed weights once;
 //! GOP/s counts two operations for each weight and token. The shares are those of the memory and
-//! arithmetic peaks, measured in the same run with the same threads. `--test` runs everything
+//! arithmetic peaks, measured in the same run with the same threads. The lines "pack" say how fast
+//! weights of the file's size are packed. `--test` runs everything
 //! once on a small shape; `--best` takes the fastest repetition, for machines that others use too.
 
 use std::hint::black_box;
@@ -155,7 +156,16 @@ impl Matrices {
         let bytes: Vec<u8> = (0..len).map(|i| [0x15, 0x16, 0x17][i % 3]).collect();
         let pack =
             || Matrix::pack(options.isa, pool, format, rows, cols, &bytes).expect("valid weights");
-        let first = pack();
+        let mut first = pack();
+        let seconds = time(options, || first = pack());
+        println!(
+            "{:>7} {:>13} {:>6} {:>10.1} {:>8.2}",
+            format.name(),
+            format!("{rows}x{cols}"),
+            "pack",
+            seconds * 1e6,
+            len as f64 / seconds / 1e9
+        );
         let count = if options.repeat == 1 { 1 } else { BYTES_PER_SAMPLE / first.packed_bytes() };
         let mut copies = vec![first];
         copies.resize_with(count.clamp(1, 64), pack);

@@ -246,8 +246,10 @@ impl Block {
                 (self.d, self.dmin) = (half(0), half(2));
                 self.open_scales_and_mins(&bytes[4..16]);
                 self.open_pairs(&bytes[48..176]);
-                for (i, code) in self.codes.iter_mut().enumerate() {
-                    *code |= ((bytes[16 + i % 32] >> (i / 32)) & 1) << 4;
+                for (bit, codes) in self.codes.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+                    for (code, byte) in codes.iter_mut().zip(&bytes[16..48]) {
+                        *code |= ((byte >> bit) & 1) << 4;
+                    }
                 }
             }
             Format::Q6_K => self.open_q6_k(bytes),
@@ -287,8 +289,10 @@ impl Block {
 
     fn open_q3_k(&mut self, bytes: &[u8]) {
         self.open_quarters(&bytes[32..96]);
-        for (i, code) in self.codes.iter_mut().enumerate() {
-            *code |= ((bytes[i % 32] >> (i / 32)) & 1) << 2;
+        for (bit, codes) in self.codes.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+            for (code, byte) in codes.iter_mut().zip(&bytes[..32]) {
+                *code |= ((byte >> bit) & 1) << 2;
+            }
         }
         let (low, high) = (&bytes[96..104], &bytes[104..108]);
         for s in 0..16 {
@@ -300,12 +304,17 @@ impl Block {
     }
 
     fn open_q6_k(&mut self, bytes: &[u8]) {
-        let (low, high) = (&bytes[..128], &bytes[128..192]);
-        for (i, code) in self.codes.iter_mut().enumerate() {
-            let (n, at) = (i / 128, i % 128);
-            let four = (low[n * 64 + at % 64] >> (4 * (at / 64))) & 15;
-            let two = (high[n * 32 + at % 32] >> (2 * (at / 32))) & 3;
-            *code = four | two << 4;
+        // The high bits lie as those of Q2_K do; a half's low ones are 64 low nibbles, then 64
+        // high ones.
+        self.open_quarters(&bytes[128..192]);
+        for (low, codes) in
+            bytes[..128].as_chunks::<64>().0.iter().zip(self.codes.as_chunks_mut::<128>().0)
+        {
+            let (first, last) = codes.split_at_mut(64);
+            for ((byte, first), last) in low.iter().zip(first).zip(last) {
+                *first = byte & 15 | *first << 4;
+                *last = byte >> 4 | *last << 4;
+            }
         }
         for s in 0..16 {
             self.scales[s] = bytes[192 + s] as i8;
@@ -328,8 +337,10 @@ impl Block {
 
     /// Two bits an element: byte `i` of a half holds elements i, i + 32, i + 64, i + 96.
     fn open_quarters(&mut self, bytes: &[u8]) {
-        for (i, code) in self.codes.iter_mut().enumerate() {
-            *code = (bytes[i / 128 * 32 + i % 32] >> (2 * (i % 128 / 32))) & 3;
+        for (s, codes) in self.codes.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+            for (code, byte) in codes.iter_mut().zip(&bytes[s / 4 * 32..]) {
+                *code = (byte >> (2 * (s % 4))) & 3;
+            }
         }
     }
 

@@ -12,6 +12,7 @@ pub mod format;
 pub mod isa;
 pub mod linear;
 pub mod map;
+pub mod measure;
 pub mod ops;
 pub mod pool;
 pub mod quant;

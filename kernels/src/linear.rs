@@ -11,6 +11,7 @@
 //! their order, on the number of threads, nor on the instruction set.
 
 mod activations;
+mod buffer;
 mod layout;
 mod matrix;
 mod scalar;
@@ -66,7 +67,7 @@ pub fn matmul_many(
         *job = Some(Job { weights: w, first: panels, out: out.as_mut_ptr() });
         panels += w.panels();
     }
-    let run = split(pool.threads(), panels);
+    let run = split(pool.threads(), panels, x.tokens());
     pool.run(panels.div_ceil(run), &|task| {
         let range = task * run..panels.min((task + 1) * run);
         for job in jobs.iter().flatten() {
@@ -81,10 +82,10 @@ pub fn matmul_many(
 /// The most matrices that [`matmul_many`] takes.
 pub const MATRICES_MAX: usize = 8;
 
-/// Panels in a task: a few tasks for each thread, so that a thread that the system took away does
-/// not hold the others up, yet long runs of memory for each.
-fn split(threads: usize, panels: usize) -> usize {
-    panels.div_ceil(threads * TASKS_PER_THREAD).max(1)
+/// Panels in a task: several tasks for each thread, so that a thread that the system took away
+/// does not hold the others up, and with little work for each panel, long runs of memory.
+fn split(threads: usize, panels: usize, tokens: usize) -> usize {
+    if tokens >= TOKENS_PER_PANEL { 1 } else { (panels / (threads * TASKS_PER_THREAD)).max(1) }
 }
 
 /// One matrix of a call; `first` is its first panel among those of all matrices.
@@ -158,4 +159,7 @@ impl PanelOut {
     }
 }
 
-const TASKS_PER_THREAD: usize = 4;
+const TASKS_PER_THREAD: usize = 8;
+
+/// From so many tokens on, a panel is work enough for a task.
+const TOKENS_PER_PANEL: usize = 16;

@@ -26,6 +26,9 @@ pub(crate) const LANES: usize = 16;
 /// Every method may only be called on a CPU that has the features of the implementation. Methods with
 /// pointers ask in addition that all elements they name can be read or written; no alignment is asked.
 pub(crate) trait Lanes: Copy {
+    /// Query rows that attention takes at once: 8 with 32 registers, 4 with 16 halves, else 1.
+    const ROWS: usize;
+
     unsafe fn splat(x: f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;
     /// Sixteen IEEE half precision values, converted exactly.
@@ -142,6 +145,19 @@ pub(crate) trait Lanes: Copy {
     }
 }
 
+/// Asks for the cache line of `place` to come to the second-level cache.
+#[inline(always)]
+pub(crate) fn prefetch(place: &u8) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: a hint that changes no value and cannot fault; SSE is part of x86_64.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(place).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = place;
+}
+
 /// The reference: plain Rust, one lane after the other.
 #[derive(Clone, Copy)]
 pub(crate) struct ScalarLanes([f32; LANES]);
@@ -155,6 +171,8 @@ impl ScalarLanes {
 
 // The methods that only compute are safe in fact; `unsafe` is the trait's.
 impl Lanes for ScalarLanes {
+    const ROWS: usize = 1;
+
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
         Self([x; LANES])

@@ -272,6 +272,23 @@ fn inputs_can_be_reused_with_other_values_and_shapes() {
 }
 
 #[test]
+fn packed_weights_take_about_as_much_memory_as_the_file() {
+    let pool = ThreadPool::new(1);
+    for format in Format::ALL {
+        let (rows, cols) = (64, 512);
+        let bytes = vec![0; format.bytes_for(rows * cols).expect("whole blocks")];
+        let matrix = Matrix::pack(Isa::detect(), &pool, format, rows, cols, &bytes).expect("valid");
+        let ratio = matrix.packed_bytes() as f64 / bytes.len() as f64;
+        let bound = match format {
+            Format::Q2_K => 1.96,
+            Format::Q3_K => 1.34,
+            _ => 1.03,
+        };
+        assert!((0.99..bound).contains(&ratio), "{format}: {ratio}");
+    }
+}
+
+#[test]
 fn shapes_that_do_not_fit_are_refused() {
     let pool = ThreadPool::new(1);
     let pack = |format, rows, cols, bytes: usize| {

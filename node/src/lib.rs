@@ -1,1 +1,22 @@
-//! node
+//! The shells of a node: HTTP in front, a thread for each model behind.
+//!
+//! Owns sockets, threads, files, clocks and signals. Refuses decisions: it turns bytes and timers into
+//! inputs of the pure parts and their outputs back into bytes.
+//!
+//! [`serve`] starts a node; the CLI and the tests use nothing else.
+
+mod accept;
+pub mod http;
+mod ids;
+pub mod load;
+pub mod metrics;
+mod model;
+mod node;
+mod options;
+mod registry;
+pub mod replica;
+
+pub use http::{ApiKeys, ApiKeysError};
+pub use load::{LoadProgress, Loaded, Loader, OnProgress};
+pub use node::{LoadFailed, Node, ServeError, serve, shutdown_signal};
+pub use options::{HttpLimits, ModelOptions, NodeOptions};

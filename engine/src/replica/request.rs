@@ -1,6 +1,6 @@
 //! What may be asked of a replica, and what it answers with.
 
-use crate::grammar::GrammarSpec;
+use crate::grammar::Grammar;
 use crate::sampler::{ParamError, SampledToken, SamplingParams};
 use protocol::{Duration, Instant, RequestId, TenantId, TokenId};
 use thiserror::Error;
@@ -20,13 +20,14 @@ pub struct GenerateRequest {
     pub max_tokens: Option<usize>,
     /// Generation ends before the first of these, also when it spans tokens.
     pub stop: Vec<String>,
-    pub grammar: Option<GrammarSpec>,
+    /// Compiled beforehand, away from the thread that steps.
+    pub grammar: Option<Grammar>,
     /// Special tokens that belong to the text here (markers of tool calls).
     pub visible_specials: Vec<TokenId>,
     /// Go on past end-of-generation tokens: benchmarks only.
     pub ignore_eos: bool,
     /// Higher goes first.
-    pub priority: u8,
+    pub priority: i8,
     pub deadline: Option<Instant>,
 }
 
@@ -58,7 +59,7 @@ pub struct EmbedRequest {
     pub tenant: TenantId,
     pub tokens: Vec<TokenId>,
     pub pooling: Pooling,
-    pub priority: u8,
+    pub priority: i8,
     pub deadline: Option<Instant>,
 }
 
@@ -70,7 +71,7 @@ pub struct ScoreRequest {
     pub tokens: Vec<TokenId>,
     /// Alternatives to report for each token.
     pub top: usize,
-    pub priority: u8,
+    pub priority: i8,
     pub deadline: Option<Instant>,
 }
 
@@ -132,8 +133,8 @@ pub enum RequestError {
     DeadlineExceeded,
     #[error("cancelled")]
     Cancelled,
-    #[error("no memory is left for the KV cache of this request: try again later")]
-    OutOfMemory { retry_after: Duration },
+    #[error("max_tokens is 0: there is nothing to generate")]
+    NothingToGenerate,
     #[error("{0} choices were asked for; at most {CHOICES_MAX} are served at once")]
     TooManyChoices(usize),
     #[error(
@@ -147,7 +148,7 @@ pub enum RequestError {
 }
 
 /// Priority of requests that name none.
-pub const PRIORITY_DEFAULT: u8 = 100;
+pub const PRIORITY_DEFAULT: i8 = 0;
 /// Most choices of one request.
 pub const CHOICES_MAX: usize = 128;
 /// Most stop strings of one request.

@@ -201,6 +201,21 @@ unsafe fn unpack<S: Shape>(codes: *const u8, part: usize, v: usize) -> __m256i {
                 let four = _mm256_and_si256(four, _mm256_set1_epi8(15));
                 _mm256_shuffle_epi8(levels(), four)
             }
+            Bits::Five => {
+                let four = _mm256_and_si256(raise(load(codes, v), part), upper);
+                let one = load(codes, 4);
+                let one = match 4 * part + v {
+                    0 => _mm256_slli_epi16::<3>(one),
+                    1 => _mm256_slli_epi16::<2>(one),
+                    2 => _mm256_slli_epi16::<1>(one),
+                    3 => one,
+                    4 => _mm256_srli_epi16::<1>(one),
+                    5 => _mm256_srli_epi16::<2>(one),
+                    6 => _mm256_srli_epi16::<3>(one),
+                    _ => _mm256_srli_epi16::<4>(one),
+                };
+                _mm256_or_si256(four, _mm256_and_si256(one, _mm256_set1_epi8(0x08)))
+            }
             Bits::Six => {
                 let four = _mm256_and_si256(raise(load(codes, v), part), upper);
                 let two = load(codes, 4 + part);

@@ -5,8 +5,8 @@
 //! four inputs of each token, broadcast from memory.
 //!
 //! Codes are unpacked to where they are cheapest to get: in the upper bits of a byte. Four-bit
-//! codes come out times 16 and six-bit ones times 4, which the scale takes back; both are powers
-//! of two, so no bit of the result changes. All codes then have their zero at 128, or at 0.
+//! codes come out times 16, five-bit ones times 8 and six-bit ones times 4, which the scale takes
+//! back; all are powers of two, so no bit of the result changes. All codes then have their zero at 128, or at 0.
 
 use std::arch::x86_64::*;
 
@@ -68,6 +68,9 @@ unsafe fn tile<S: Shape, const T: usize>(
         unsafe {
             at = at.add(layout.header_bytes());
             for _ in 0..layout.group() {
+                if token == 0 {
+                    prefetch(at, layout.step_bytes());
+                }
                 let x = inputs.map(|x| x.add(block));
                 step::<S, T>(header, at, &x, &mut acc);
                 at = at.add(layout.step_bytes());
@@ -77,6 +80,17 @@ unsafe fn tile<S: Shape, const T: usize>(
     }
     store(&acc, token, out);
     T
+}
+
+/// Asks for the memory that the steps (or columns) after this one read. The hardware stops at the
+/// end of each page, and looks too few lines ahead for kernels that compute while they read. Into
+/// the second cache: there is room for what comes early, and the first has other work.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn prefetch(at: *const u8, bytes: usize) {
+    for line in (0..bytes).step_by(64) {
+        _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(PREFETCH + line).cast());
+    }
 }
 
 /// Hands the sums of a tile over.
@@ -233,6 +247,22 @@ unsafe fn unpack<S: Shape>(codes: *const u8, part: usize, v: usize) -> __m512i {
                 let four = _mm512_and_si512(four, _mm512_set1_epi8(15));
                 _mm512_shuffle_epi8(levels(), four)
             }
+            Bits::Five => {
+                let four = raise(load(codes, v), part);
+                let one = load(codes, 4);
+                let one = match 4 * part + v {
+                    0 => _mm512_slli_epi16::<3>(one),
+                    1 => _mm512_slli_epi16::<2>(one),
+                    2 => _mm512_slli_epi16::<1>(one),
+                    3 => one,
+                    4 => _mm512_srli_epi16::<1>(one),
+                    5 => _mm512_srli_epi16::<2>(one),
+                    6 => _mm512_srli_epi16::<3>(one),
+                    _ => _mm512_srli_epi16::<4>(one),
+                };
+                let one = _mm512_and_si512(one, _mm512_set1_epi8(0x08));
+                _mm512_ternarylogic_epi32::<SELECT>(upper, four, one)
+            }
             Bits::Six => {
                 let four = raise(load(codes, v), part);
                 let two = load(codes, 4 + part);
@@ -335,6 +365,9 @@ unsafe fn halves(from: *const u8, h: usize) -> __m512 {
     // SAFETY: promised by the caller.
     _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(from.add(32 * h).cast()) })
 }
+
+/// Bytes ahead: what memory delivers in about its latency, and some more.
+const PREFETCH: usize = 4096;
 
 /// Ternary logic: bits of the second operand where the first is set, else of the third.
 const SELECT: i32 = 0xca;

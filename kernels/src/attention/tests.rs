@@ -28,7 +28,7 @@ struct Case {
 
 const LAYERS: usize = 2;
 const LAYER: usize = 1;
-const STORED: usize = 96;
+const STORED: usize = 120;
 
 impl Case {
     fn new(
@@ -50,7 +50,7 @@ impl Case {
             v: numbers(len * kv_heads * head_dim, seed + 2),
             // Scattered, and different for each seed.
             blocks: (0..len.div_ceil(block_tokens) as u32)
-                .map(|b| (b * 35 + seed % 2 * 48) % stored)
+                .map(|b| (b * 37 + seed % 2 * 48) % stored)
                 .collect(),
         }
     }
@@ -182,6 +182,154 @@ fn bits_do_not_depend_on_isa_chunks_or_threads() {
             for pool in &pools {
                 let got = bits(&case.run(pool, Isa::detect(), chunks));
                 assert!(got == want, "case {i}, chunks {chunks:?}, {} threads", pool.threads());
+            }
+        }
+    }
+}
+
+#[test]
+fn bits_do_not_depend_on_the_batch() {
+    for (shape, window) in [((14, 2, 64), None), ((4, 4, 32), Some(70)), ((8, 2, 40), None)] {
+        // Position and number of tokens of each sequence in the step: decoding, a chunk, a prefill.
+        let parts = [(599, 1), (130, 1), (300, 50), (0, 90), (255, 2), (64, 1)];
+        let case = |&(position, tokens): &(usize, usize)| {
+            let len = position + tokens;
+            Case::new(shape, (16, KvDtype::F16), window, len, (position + 1) as u32)
+        };
+        let mut cases: Vec<Case> = parts.iter().map(case).collect();
+        // Blocks of one storage, from its end to its beginning.
+        let mut next = 0;
+        for case in &mut cases {
+            for block in &mut case.blocks {
+                *block = STORED as u32 - 1 - next;
+                next += 1;
+            }
+        }
+        let layout = cases[0].layout;
+        let mut storage = vec![0xff; STORED * layout.block_bytes()];
+        let pool = ThreadPool::new(3);
+        let isa = Isa::detect();
+        let (mut sequences, mut q, mut want) = (Vec::new(), Vec::new(), Vec::new());
+        let row = shape.0 * shape.2;
+        for (case, &(position, tokens)) in cases.iter().zip(&parts) {
+            let blocks = &case.blocks;
+            let all = SequenceQueries { first_row: 0, tokens: case.len, position: 0, blocks };
+            write_kv(&pool, isa, &layout, &mut storage, LAYER, &case.k, &case.v, &[all]);
+            // A row that belongs to nobody lies between any two sequences.
+            let first_row = q.len() / row;
+            sequences.push(SequenceQueries { first_row, tokens, position, blocks });
+            q.extend_from_slice(&case.q[position * row..]);
+            q.extend(vec![f32::NAN; row]);
+            let alone = case.run(&ThreadPool::new(1), isa, WHOLE);
+            want.extend_from_slice(&alone[position * row..]);
+            want.extend(vec![123.0; row]);
+        }
+        let view = KvView { layout, storage: &storage };
+        let mut scratch = AttentionScratch::new();
+        for _ in 0..3 {
+            let mut out = vec![123.0; q.len()];
+            let params = cases[0].params();
+            attend(&pool, isa, &view, &params, &q, &sequences, &mut out, &mut scratch);
+            assert!(bits(&out) == bits(&want), "{shape:?}");
+        }
+    }
+}
+
+#[test]
+fn values_of_a_later_token_do_not_reach_an_earlier_row() {
+    let mut case = Case::new((3, 1, 32), (16, KvDtype::F32), None, 40, 5);
+    let pool = ThreadPool::new(1);
+    let row = 3 * 32;
+    let want = case.run(&pool, Isa::detect(), WHOLE);
+    case.v[30 * 32..].fill(f32::INFINITY);
+    case.k[30 * 32..].fill(f32::NAN);
+    for isa in Isa::available() {
+        let got = case.run(&pool, isa, WHOLE);
+        assert_eq!(bits(&got[..30 * row]), bits(&want[..30 * row]));
+        assert!(got[30 * row..].iter().all(|x| !x.is_finite()));
+    }
+}
+
+#[test]
+fn blocks_have_the_canonical_layout() {
+    let (layers, kv_heads, head_dim, block_tokens) = (3, 2, 18, 8);
+    let pool = ThreadPool::new(2);
+    for dtype in [KvDtype::F16, KvDtype::Bf16, KvDtype::F32] {
+        let layout = KvLayout { layers, kv_heads, head_dim, block_tokens, dtype };
+        assert_eq!(layout.block_bytes(), layers * 2 * kv_heads * 8 * head_dim * dtype.bytes());
+        let k: Vec<f32> = (0..5 * kv_heads * head_dim).map(|i| i as f32).collect();
+        let v: Vec<f32> = k.iter().map(|x| -x).collect();
+        for isa in Isa::available() {
+            let mut storage = vec![0xaa; 3 * layout.block_bytes()];
+            // Positions 6 to 10: two in block 2, three in block 0.
+            let blocks = [2, 0];
+            let sequences =
+                [SequenceQueries { first_row: 0, tokens: 5, position: 6, blocks: &blocks }];
+            write_kv(&pool, isa, &layout, &mut storage, 1, &k, &v, &sequences);
+            let mut want = vec![0xaa; storage.len()];
+            for (t, (block, slot)) in [(2, 6), (2, 7), (0, 0), (0, 1), (0, 2)].iter().enumerate() {
+                for (part, from) in [&k, &v].into_iter().enumerate() {
+                    for head in 0..kv_heads {
+                        for d in 0..head_dim {
+                            let x = from[(t * kv_heads + head) * head_dim + d];
+                            let plane =
+                                (block * layers + 1) * 2 * kv_heads + part * kv_heads + head;
+                            let at = (plane * block_tokens + slot) * head_dim + d;
+                            let place = &mut want[at * dtype.bytes()..][..dtype.bytes()];
+                            match dtype {
+                                KvDtype::F16 => place
+                                    .copy_from_slice(&crate::float::f32_to_f16(x).to_ne_bytes()),
+                                KvDtype::Bf16 => place
+                                    .copy_from_slice(&crate::float::f32_to_bf16(x).to_ne_bytes()),
+                                KvDtype::F32 => place.copy_from_slice(&x.to_ne_bytes()),
+                            }
+                        }
+                    }
+                }
+            }
+            assert!(storage == want, "{dtype:?} {isa}");
+        }
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let layout =
+        KvLayout { layers: 1, kv_heads: 2, head_dim: 4, block_tokens: 8, dtype: KvDtype::F32 };
+    let storage = vec![0; 2 * layout.block_bytes()];
+    let params = AttentionParams { layer: 0, heads: 4, scale: 1.0, window: None };
+    let row = |first_row, tokens, position, blocks| SequenceQueries {
+        first_row,
+        tokens,
+        position,
+        blocks,
+    };
+    let table: &[(AttentionParams, &[SequenceQueries<'_>], &str)] = &[
+        (params, &[row(0, 1, 8, &[0])], "needs 2 blocks"),
+        (params, &[row(0, 1, 0, &[2])], "outside of the 2 stored"),
+        (params, &[row(1, 2, 0, &[0])], "end at 3 of 2"),
+        (params, &[row(1, 1, 0, &[0]), row(0, 1, 0, &[1])], "out of order"),
+        (params, &[row(0, 2, 0, &[0]), row(1, 1, 0, &[1])], "overlap"),
+        (AttentionParams { layer: 1, ..params }, &[], "layer 1 of 1"),
+        (AttentionParams { heads: 3, ..params }, &[], "do not share"),
+        (AttentionParams { heads: 8, ..params }, &[], ""),
+        (AttentionParams { window: Some(0), ..params }, &[], "sees nothing"),
+    ];
+    let pool = ThreadPool::new(1);
+    for (params, sequences, message) in table {
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            let view = KvView { layout, storage: &storage };
+            let (q, mut out) = ([0.0; 32], [0.0; 32]);
+            let mut scratch = AttentionScratch::new();
+            attend(&pool, Isa::Scalar, &view, params, &q, sequences, &mut out, &mut scratch);
+        }));
+        match outcome {
+            Ok(()) => assert!(message.is_empty(), "accepted: {message}"),
+            Err(payload) => {
+                let text = payload.downcast_ref::<String>().cloned();
+                let text = text.or(payload.downcast_ref::<&str>().map(|s| s.to_string()));
+                let text = text.expect("panics carry text");
+                assert!(!message.is_empty() && text.contains(message), "{text}, not {message}");
             }
         }
     }

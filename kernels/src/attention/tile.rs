@@ -2,7 +2,7 @@
 
 use super::plan::{Group, Item, partial_row_len};
 use super::{Call, KvDtype, SPLIT, TILE};
-use crate::simd::{LANES, Lanes};
+use crate::simd::{LANES, Lanes, prefetch};
 
 /// Sizes of the memory that one thread works in.
 #[derive(Clone, Copy)]
@@ -74,6 +74,8 @@ pub(super) unsafe fn run_item<L: Lanes>(call: &Call<'_>, item: Item, memory: &mu
     let group = &call.plan.groups[item.group];
     let mut slot = Slot::cut(&call.tile, memory);
     let work = Work::new(call, group);
+    let first_tile = work.visible(0).0.max(item.split.unwrap_or(0) * SPLIT) / TILE * TILE;
+    work.prefetch(first_tile, TILE);
     // SAFETY: the promise of the caller.
     unsafe {
         work.pack_queries::<L>(&mut slot);
@@ -222,13 +224,62 @@ impl<'a> Work<'a> {
             // the slot has the sizes that the kernels expect.
             unsafe {
                 self.convert::<L>(slot, start, first, last);
-                for row in rows.clone().step_by(ROWS) {
-                    let count = ROWS.min(rows.end - row);
+                for row in rows.clone().step_by(L::ROWS) {
+                    let count = L::ROWS.min(rows.end - row);
                     self.scores::<L>(slot, row, count);
                     let seen = self.exponentials::<L>(slot, start, row, count);
                     self.accumulate::<L>(slot, row, &seen[..count]);
                 }
             }
+        }
+    }
+
+    /// Where the keys of positions `first..last` of the tile at `start` are stored; the other places
+    /// repeat one of them.
+    #[inline(always)]
+    fn stored(&self, start: usize, first: usize, last: usize) -> [*const u8; TILE] {
+        let layout = &self.call.kv.layout;
+        let block_tokens = layout.block_tokens;
+        let plane = layout.key_plane(self.call.params.layer, self.group.kv_head);
+        let mut rows = [std::ptr::null::<u8>(); TILE];
+        let (mut block, mut in_block) = (first / block_tokens, first % block_tokens);
+        for position in first..last {
+            let at = self.blocks[block] as usize * layout.block_bytes()
+                + plane
+                + in_block * layout.row_bytes();
+            rows[position - start] = self.call.kv.storage[at..].as_ptr();
+            in_block += 1;
+            if in_block == block_tokens {
+                (block, in_block) = (block + 1, 0);
+            }
+        }
+        let any = rows[first - start];
+        rows[..first - start].fill(any);
+        rows[last - start..].fill(any);
+        rows
+    }
+
+    /// Asks for the keys and values of `len` positions from `start`, as far as rows see them, to come
+    /// to the cache. Blocks lie too far apart for the hardware to guess the next one.
+    #[inline(always)]
+    fn prefetch(&self, start: usize, len: usize) {
+        let layout = &self.call.kv.layout;
+        let end = (start + len).min(self.position + self.group.tokens);
+        let keys = layout.key_plane(self.call.params.layer, self.group.kv_head);
+        let to_values = layout.kv_heads * layout.plane_bytes();
+        let mut position = start;
+        while position < end {
+            let in_block = position % layout.block_tokens;
+            let tokens = (layout.block_tokens - in_block).min(end - position);
+            let block = self.blocks[position / layout.block_tokens] as usize;
+            let at = block * layout.block_bytes() + keys + in_block * layout.row_bytes();
+            let bytes = tokens * layout.row_bytes();
+            let run = &self.call.kv.storage[at..at + to_values + bytes];
+            for line in (0..bytes).step_by(CACHE_LINE) {
+                prefetch(&run[line]);
+                prefetch(&run[to_values + line]);
+            }
+            position += tokens;
         }
     }
 
@@ -243,32 +294,15 @@ impl<'a> Work<'a> {
         last: usize,
     ) {
         let layout = &self.call.kv.layout;
-        let block_tokens = layout.block_tokens;
-        let plane = layout.key_plane(self.call.params.layer, self.group.kv_head);
-        let mut keys = [std::ptr::null::<u8>(); TILE];
-        let (mut block, mut in_block) = (first / block_tokens, first % block_tokens);
-        for position in first..last {
-            let at = self.blocks[block] as usize * layout.block_bytes()
-                + plane
-                + in_block * layout.row_bytes();
-            keys[position - start] = self.call.kv.storage[at..].as_ptr();
-            in_block += 1;
-            if in_block == block_tokens {
-                (block, in_block) = (block + 1, 0);
-            }
-        }
+        let keys = self.stored(start, first, last);
         let (low, high) = (first - start, last - start);
-        let any = keys[low];
-        keys[..low].fill(any);
-        keys[high..].fill(any);
-        let to_values = layout.kv_heads * layout.plane_bytes();
-        // SAFETY: each pointer is to a row of keys inside the storage, its values lie `to_values`
-        // further in the same block.
+        // SAFETY: each pointer is to a row of keys inside the storage, and its values lie in the same
+        // block.
         unsafe {
             match layout.dtype {
-                KvDtype::F16 => self.convert_rows::<L, F16>(slot, &keys, to_values, low, high),
-                KvDtype::Bf16 => self.convert_rows::<L, Bf16>(slot, &keys, to_values, low, high),
-                KvDtype::F32 => self.convert_rows::<L, F32>(slot, &keys, to_values, low, high),
+                KvDtype::F16 => self.convert_rows::<L, F16>(slot, &keys, start, low, high),
+                KvDtype::Bf16 => self.convert_rows::<L, Bf16>(slot, &keys, start, low, high),
+                KvDtype::F32 => self.convert_rows::<L, F32>(slot, &keys, start, low, high),
             }
         }
     }
@@ -278,37 +312,48 @@ impl<'a> Work<'a> {
         &self,
         slot: &mut Slot<'_>,
         rows: &[*const u8; TILE],
-        to_values: usize,
+        start: usize,
         low: usize,
         high: usize,
     ) {
+        let layout = &self.call.kv.layout;
+        let to_values = layout.kv_heads * layout.plane_bytes();
         let Tile { head_dim, padded, .. } = self.call.tile;
-        // SAFETY: `load` and `load_part` stay inside a row; the stores stay inside [head_dim, TILE]
-        // and [TILE, padded], of which `d + j < head_dim`, `position < TILE` and `d < padded` are
-        // indices.
+        let whole = head_dim / LANES * LANES;
+        // SAFETY: loads stay inside a row; the stores stay inside [head_dim, TILE] and
+        // [TILE, padded], of which `d + j < head_dim`, `position < TILE` and `d < padded` are indices.
         unsafe {
             let keys = slot.keys.as_mut_ptr();
             for lanes in (low / LANES * LANES..high).step_by(LANES) {
-                for d in (0..head_dim).step_by(LANES) {
-                    let count = LANES.min(head_dim - d);
+                self.prefetch(start + TILE + lanes, LANES);
+                let rows: &[*const u8; LANES] =
+                    rows[lanes..].first_chunk().expect("a tile is whole vectors");
+                for d in (0..whole).step_by(LANES) {
+                    let to = keys.add(d * TILE + lanes);
                     let mut square = [L::splat(0.0); LANES];
                     for i in 0..LANES {
-                        let from = rows[lanes + i].add(d * E::BYTES);
-                        square[i] = load_element_part::<L, E>(from, count);
+                        square[i] = E::load::<L>(rows[i].add(d * E::BYTES));
                     }
                     L::transpose(&mut square);
-                    for j in 0..count {
-                        square[j].store(keys.add((d + j) * TILE + lanes));
+                    for j in 0..LANES {
+                        square[j].store(to.add(j * TILE));
                     }
+                }
+                if whole < head_dim {
+                    let to = keys.add(whole * TILE + lanes);
+                    transpose_part::<L, E>(rows, whole, head_dim - whole, to);
                 }
             }
             let values = slot.values.as_mut_ptr();
             for position in low..high {
                 let row = rows[position].add(to_values);
-                for d in (0..padded).step_by(LANES) {
-                    let count = LANES.min(head_dim - d);
-                    load_element_part::<L, E>(row.add(d * E::BYTES), count)
-                        .store(values.add(position * padded + d));
+                let to = values.add(position * padded);
+                for d in (0..whole).step_by(LANES) {
+                    E::load::<L>(row.add(d * E::BYTES)).store(to.add(d));
+                }
+                if whole < head_dim {
+                    let from = row.add(whole * E::BYTES);
+                    load_element_part::<L, E>(from, head_dim - whole).store(to.add(whole));
                 }
             }
         }
@@ -474,28 +519,36 @@ impl<'a> Work<'a> {
             unsafe {
                 let to = self.call.out.add(self.offset(row));
                 let sum = L::splat(slot.total_sum[row]);
-                for d in (0..head_dim).step_by(LANES) {
-                    let quotient = L::load(from.add(d)).div(sum);
-                    quotient.store_part(to.add(d), LANES.min(head_dim - d));
+                let whole = head_dim / LANES * LANES;
+                for d in (0..whole).step_by(LANES) {
+                    L::load(from.add(d)).div(sum).store(to.add(d));
+                }
+                if whole < head_dim {
+                    let quotient = L::load(from.add(whole)).div(sum);
+                    quotient.store_part(to.add(whole), head_dim - whole);
                 }
             }
         }
     }
 }
 
-/// Calls a kernel with the number of rows and of vectors that it keeps in registers.
+/// Calls a kernel with the number of rows and of vectors beside each other whose sums fit into the
+/// registers of the implementation.
 macro_rules! for_rows {
     ($lanes:ident, $count:expr, $kernel:ident($($arg:expr),*)) => {
         match $count {
             1 => $kernel::<$lanes, 1, 4>($($arg),*),
-            2 => $kernel::<$lanes, 2, 4>($($arg),*),
-            3 => $kernel::<$lanes, 3, 4>($($arg),*),
-            4 => $kernel::<$lanes, 4, 4>($($arg),*),
-            5 => $kernel::<$lanes, 5, 2>($($arg),*),
-            6 => $kernel::<$lanes, 6, 2>($($arg),*),
-            7 => $kernel::<$lanes, 7, 2>($($arg),*),
-            8 => $kernel::<$lanes, 8, 2>($($arg),*),
-            rows => unreachable!("{rows} rows in a step of {ROWS}"),
+            2 if $lanes::ROWS == 8 => $kernel::<$lanes, 2, 4>($($arg),*),
+            3 if $lanes::ROWS == 8 => $kernel::<$lanes, 3, 4>($($arg),*),
+            4 if $lanes::ROWS == 8 => $kernel::<$lanes, 4, 4>($($arg),*),
+            5 if $lanes::ROWS == 8 => $kernel::<$lanes, 5, 2>($($arg),*),
+            6 if $lanes::ROWS == 8 => $kernel::<$lanes, 6, 2>($($arg),*),
+            7 if $lanes::ROWS == 8 => $kernel::<$lanes, 7, 2>($($arg),*),
+            8 if $lanes::ROWS == 8 => $kernel::<$lanes, 8, 2>($($arg),*),
+            2 if $lanes::ROWS == 4 => $kernel::<$lanes, 2, 2>($($arg),*),
+            3 if $lanes::ROWS == 4 => $kernel::<$lanes, 3, 1>($($arg),*),
+            4 if $lanes::ROWS == 4 => $kernel::<$lanes, 4, 1>($($arg),*),
+            rows => unreachable!("{rows} rows where {} are taken at once", $lanes::ROWS),
         }
     };
 }
@@ -635,19 +688,37 @@ impl Element for F32 {
     }
 }
 
-/// The first `count <= 16` elements, zeros behind them.
-#[inline(always)]
+/// Elements `d..d + count`, `count < 16`, of sixteen rows: element `d + j` of row `i` goes to
+/// `to[j * TILE + i]`.
+#[inline(never)]
+unsafe fn transpose_part<L: Lanes, E: Element>(
+    rows: &[*const u8; LANES],
+    d: usize,
+    count: usize,
+    to: *mut f32,
+) {
+    for (i, row) in rows.iter().enumerate() {
+        // SAFETY: the caller promises the elements of each row and room in `to`.
+        unsafe {
+            let lanes = load_element_part::<L, E>(row.add(d * E::BYTES), count).to_array();
+            for (j, &lane) in lanes[..count].iter().enumerate() {
+                *to.add(j * TILE + i) = lane;
+            }
+        }
+    }
+}
+
+/// The first `count < 16` elements, zeros behind them.
+#[inline(never)]
 unsafe fn load_element_part<L: Lanes, E: Element>(from: *const u8, count: usize) -> L {
+    let mut bytes = [0u8; 4 * LANES];
     // SAFETY: `count` elements can be read, by the caller's promise.
     unsafe {
-        if count == LANES {
-            return E::load::<L>(from);
-        }
-        let mut bytes = [0u8; 4 * LANES];
         std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), count * E::BYTES);
         E::load::<L>(bytes.as_ptr())
     }
 }
 
-/// Rows whose scores are computed together.
+/// The most rows whose scores are computed together, on any instruction set.
 const ROWS: usize = 8;
+const CACHE_LINE: usize = 64;

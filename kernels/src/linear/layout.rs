@@ -11,11 +11,13 @@
 //!          codes
 //! codes    8 bits: for each of 8 groups of 4 columns, 32 rows x 4 bytes
 //!          4 bits: 4 such pieces, group g in the low and g + 4 in the high nibbles
+//!          5 bits: the high four bits as above, then one piece with the low bits, of group g in
+//!                  bit g
 //!          6 bits: the high four bits as above, then 2 pieces with the low two bits of the
 //!                  groups 4 v .. 4 v + 4, the first of them lowest
 //! ```
 //!
-//! Codes are biased so that zero is the middle of their range (8, 32 or 128), unless the format
+//! Codes are biased so that zero is the middle of their range (8, 16, 32 or 128), unless the format
 //! has minimums: then zero is zero.
 
 use crate::format::{Format, has_mins, sub_len, zero_point};
@@ -29,6 +31,7 @@ pub(crate) enum Bits {
     Four,
     /// Four bits that index [`crate::format::IQ4_LEVELS`].
     Levels,
+    Five,
     Six,
     Eight,
 }
@@ -51,7 +54,8 @@ impl Layout {
         let bits = match format {
             Format::F32 | Format::F16 | Format::BF16 => return None,
             Format::Q4_0 | Format::Q4_1 | Format::Q4_K | Format::Q2_K | Format::Q3_K => Bits::Four,
-            Format::Q5_0 | Format::Q5_1 | Format::Q5_K | Format::Q6_K => Bits::Six,
+            Format::Q5_0 | Format::Q5_1 | Format::Q5_K => Bits::Five,
+            Format::Q6_K => Bits::Six,
             Format::IQ4_NL | Format::IQ4_XS => Bits::Levels,
             Format::Q8_0 => Bits::Eight,
         };
@@ -108,6 +112,7 @@ impl Bits {
     pub const fn pieces(self) -> usize {
         match self {
             Bits::Four | Bits::Levels => 4,
+            Bits::Five => 5,
             Bits::Six => 6,
             Bits::Eight => 8,
         }
@@ -117,6 +122,7 @@ impl Bits {
     pub const fn unraise(self) -> f32 {
         match self {
             Bits::Four => 1.0 / 16.0,
+            Bits::Five => 1.0 / 8.0,
             Bits::Six => 1.0 / 4.0,
             Bits::Levels | Bits::Eight => 1.0,
         }
@@ -126,6 +132,7 @@ impl Bits {
         match self {
             Bits::Four => 8,
             Bits::Levels => 0,
+            Bits::Five => 16,
             Bits::Six => 32,
             Bits::Eight => 128,
         }

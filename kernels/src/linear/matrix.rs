@@ -1,9 +1,8 @@
 //! Weights, packed into panels.
 
-use std::alloc::{Layout as Memory, alloc_zeroed, dealloc, handle_alloc_error};
 use std::fmt;
-use std::ptr::NonNull;
 
+use super::buffer::Buffer;
 use super::layout::{Bits, Layout, PANEL, STEP};
 use crate::format::{Block, Format};
 use crate::isa::Isa;
@@ -11,9 +10,9 @@ use crate::pool::ThreadPool;
 
 /// A weight matrix of `rows` x `cols`, packed for one instruction set.
 ///
-/// Costs about as much memory as the file: the same for floats, Q4_0, Q4_1, Q8_0, Q6_K and the
-/// IQ4 formats, up to 3 % more for Q4_K and 20 to 30 % for Q5; Q3_K and Q2_K are widened to four
-/// bits. Rows are padded to a multiple of 32.
+/// Takes as much memory as the weights in the file, to within 3 %, but for Q3_K and Q2_K, which
+/// are widened to four bits and take 1.33 and 1.95 times as much. Rows are padded to a multiple of
+/// 32.
 pub struct Matrix {
     isa: Isa,
     format: Format,
@@ -49,19 +48,20 @@ impl Matrix {
         };
         let panels = rows.div_ceil(PANEL);
         let total = panel_bytes.checked_mul(panels).ok_or(PackError::TooLarge { rows, cols })?;
-        let packed = Buffer::zeroed(total).ok_or(PackError::TooLarge { rows, cols })?;
-        let start = Start(packed.start.as_ptr());
+        let packed = Buffer::new(total).ok_or(PackError::TooLarge { rows, cols })?;
+        if total == 0 {
+            return Ok(Matrix { isa, format, layout, rows, cols, panel_bytes, packed });
+        }
         pool.run(panels, &|panel| {
-            // SAFETY: each task has a panel of its own, inside of the buffer's `total` bytes.
-            let out = unsafe {
-                std::slice::from_raw_parts_mut(start.at(panel * panel_bytes), panel_bytes)
-            };
+            // SAFETY: each panel belongs to one task, and nothing else uses the buffer yet.
+            let out = unsafe { packed.piece(panel * panel_bytes, panel_bytes) };
             let first = panel * PANEL;
             let rows = PANEL.min(rows - first);
             let bytes = &bytes[first * row_bytes..][..rows * row_bytes];
             match &layout {
                 Some(layout) => pack_quantized(layout, format, row_bytes, bytes, out),
-                None => pack_floats(format.block_bytes(), row_bytes, bytes, out),
+                None if format == Format::F32 => pack_floats::<4>(cols, bytes, out),
+                None => pack_floats::<2>(cols, bytes, out),
             }
         });
         Ok(Matrix { isa, format, layout, rows, cols, panel_bytes, packed })
@@ -89,7 +89,7 @@ impl Matrix {
 
     /// Bytes of memory that the packed weights take.
     pub fn packed_bytes(&self) -> usize {
-        self.packed.len
+        self.packed.len()
     }
 
     pub(super) fn layout(&self) -> Option<&Layout> {
@@ -101,7 +101,9 @@ impl Matrix {
     }
 
     pub(super) fn panel(&self, panel: usize) -> &[u8] {
-        &self.packed.bytes()[panel * self.panel_bytes..][..self.panel_bytes]
+        // SAFETY: `pack` has written every panel, and lent the buffer to nobody since.
+        let bytes = unsafe { self.packed.bytes() };
+        &bytes[panel * self.panel_bytes..][..self.panel_bytes]
     }
 }
 
@@ -145,11 +147,16 @@ impl fmt::Display for PackError {
 
 impl std::error::Error for PackError {}
 
-/// `[row][col]` to `[col][row]`, for elements of `size` bytes.
-fn pack_floats(size: usize, row_bytes: usize, bytes: &[u8], out: &mut [u8]) {
-    for (r, row) in bytes.chunks_exact(row_bytes.max(1)).enumerate() {
-        for (element, out) in row.chunks_exact(size).zip(out.chunks_exact_mut(PANEL * size)) {
-            out[r * size..][..size].copy_from_slice(element);
+/// `[row][col]` to `[col][row]`, for elements of `N` bytes; a few columns at a time, so that what
+/// is written stays in the first cache while the rows come by.
+fn pack_floats<const N: usize>(cols: usize, bytes: &[u8], out: &mut [u8]) {
+    let (elements, _) = bytes.as_chunks::<N>();
+    let (out, _) = out.as_chunks_mut::<N>();
+    for (first, out) in (0..cols).step_by(COLS_AT_ONCE).zip(out.chunks_mut(COLS_AT_ONCE * PANEL)) {
+        for (r, row) in elements.chunks_exact(cols).enumerate() {
+            for (element, out) in row[first..].iter().zip(out.as_chunks_mut::<PANEL>().0) {
+                out[r] = *element;
+            }
         }
     }
 }
@@ -157,10 +164,9 @@ fn pack_floats(size: usize, row_bytes: usize, bytes: &[u8], out: &mut [u8]) {
 fn pack_quantized(layout: &Layout, format: Format, row_bytes: usize, bytes: &[u8], out: &mut [u8]) {
     let mut block = Block::default();
     let group_bytes = layout.header_bytes() + layout.group() * layout.step_bytes();
-    for (r, row) in bytes.chunks_exact(row_bytes.max(1)).enumerate() {
-        let groups = out.chunks_exact_mut(group_bytes);
-        for (bytes, out) in row.chunks_exact(format.block_bytes()).zip(groups) {
-            block.open(format, bytes);
+    for (g, out) in out.chunks_exact_mut(group_bytes).enumerate() {
+        for (r, row) in bytes.chunks_exact(row_bytes).enumerate() {
+            block.open(format, &row[g * format.block_bytes()..][..format.block_bytes()]);
             pack_group(layout, &block, r, out);
         }
     }
@@ -200,69 +206,36 @@ fn put_halves(layout: &Layout, block: &Block, r: usize, out: &mut [u8]) {
 }
 
 fn put_codes(layout: &Layout, from: &[u8; STEP], r: usize, out: &mut [u8]) {
-    for (i, &code) in from.iter().enumerate() {
-        let code = code + layout.bias;
-        let g = i / 4;
-        let mut put = |v: usize, bits: u8| out[(v * PANEL + r) * 4 + i % 4] |= bits;
-        match layout.bits {
-            Bits::Eight => put(g, code),
-            Bits::Four | Bits::Levels => put(g % 4, code << (g / 4 * 4)),
-            Bits::Six => {
-                put(g % 4, (code >> 2) << (g / 4 * 4));
-                put(4 + g / 4, (code & 3) << (g % 4 * 2));
+    // Four codes at a time, as the bytes of a word: no code grows out of its byte.
+    let bias = EACH * u32::from(layout.bias);
+    let mut words = [0; STEP / 4];
+    for (word, codes) in words.iter_mut().zip(from.as_chunks::<4>().0) {
+        *word = u32::from_le_bytes(*codes) + bias;
+    }
+    let mut put = |piece: usize, word: u32| {
+        out[(piece * PANEL + r) * 4..][..4].copy_from_slice(&word.to_le_bytes());
+    };
+    let low = |bits: u32, g: usize| words[g] & (EACH * ((1 << bits) - 1));
+    match layout.bits {
+        Bits::Eight => (0..8).for_each(|g| put(g, words[g])),
+        Bits::Four | Bits::Levels => (0..4).for_each(|g| put(g, words[g] | words[g + 4] << 4)),
+        Bits::Five => {
+            let high = |g: usize| (words[g] - low(1, g)) >> 1;
+            (0..4).for_each(|g| put(g, high(g) | high(g + 4) << 4));
+            put(4, (0..8).fold(0, |piece, g| piece | low(1, g) << g));
+        }
+        Bits::Six => {
+            let high = |g: usize| (words[g] - low(2, g)) >> 2;
+            (0..4).for_each(|g| put(g, high(g) | high(g + 4) << 4));
+            for part in 0..2 {
+                put(4 + part, (0..4).fold(0, |piece, g| piece | low(2, 4 * part + g) << (2 * g)));
             }
         }
     }
 }
 
-/// Zeroed memory that begins at a cache line.
-struct Buffer {
-    start: NonNull<u8>,
-    len: usize,
-}
+/// One in each byte of a word.
+const EACH: u32 = 0x0101_0101;
 
-/// The start of a buffer that tasks write disjoint parts of.
-struct Start(*mut u8);
-
-// SAFETY: the pointer is only used to make slices that do not overlap (see `Matrix::pack`).
-unsafe impl Sync for Start {}
-
-impl Start {
-    /// # Safety
-    /// `offset` lies inside of the buffer or at its end.
-    unsafe fn at(&self, offset: usize) -> *mut u8 {
-        // SAFETY: promised by the caller.
-        unsafe { self.0.add(offset) }
-    }
-}
-
-// SAFETY: a `Buffer` owns its memory and hands out shared slices only.
-unsafe impl Send for Buffer {}
-// SAFETY: as above, and nothing is mutable behind a shared reference.
-unsafe impl Sync for Buffer {}
-
-impl Buffer {
-    fn zeroed(len: usize) -> Option<Buffer> {
-        let memory = Memory::from_size_align(len.max(1), LINE).ok()?;
-        // SAFETY: the size is not zero.
-        let start = unsafe { alloc_zeroed(memory) };
-        let start = NonNull::new(start).unwrap_or_else(|| handle_alloc_error(memory));
-        Some(Buffer { start, len })
-    }
-
-    fn bytes(&self) -> &[u8] {
-        // SAFETY: `start` owns `len` initialized bytes for as long as `self` lives.
-        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
-    }
-}
-
-impl Drop for Buffer {
-    fn drop(&mut self) {
-        let memory = Memory::from_size_align(self.len.max(1), LINE).expect("checked in zeroed");
-        // SAFETY: allocated in `zeroed` with this very layout.
-        unsafe { dealloc(self.start.as_ptr(), memory) }
-    }
-}
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
+/// Columns of floats that are packed before the next row's are.
+const COLS_AT_ONCE: usize = 64;

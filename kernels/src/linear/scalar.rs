@@ -100,6 +100,7 @@ fn level_at(layout: &Layout, codes: &[u8], r: usize, i: usize) -> i32 {
         Bits::Eight => i32::from(at(g)) - layout.zero(),
         Bits::Four => i32::from(nibble()) - layout.zero(),
         Bits::Levels => IQ4_LEVELS[usize::from(nibble())].into(),
+        Bits::Five => i32::from(nibble() << 1 | (at(4) >> g) & 1) - layout.zero(),
         Bits::Six => {
             let two = (at(4 + g / 4) >> (g % 4 * 2)) & 3;
             i32::from(nibble() << 2 | two) - layout.zero()

@@ -12,6 +12,8 @@ use super::{LANES, Lanes, ROUND_MAGIC};
 pub(crate) struct Avx512Lanes(__m512);
 
 impl Lanes for Avx512Lanes {
+    const ROWS: usize = 8;
+
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
         // SAFETY: the trait's promise.
@@ -175,6 +177,8 @@ impl Lanes for Avx512Lanes {
 pub(crate) struct Avx2Lanes(__m256, __m256);
 
 impl Lanes for Avx2Lanes {
+    const ROWS: usize = 4;
+
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
         // SAFETY: the trait's promise.

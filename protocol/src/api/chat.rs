@@ -87,9 +87,9 @@ pub struct ChatRequest {
     /// The client's name for its user. Taken, not used.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
-    /// Extension: higher goes first; 100 if absent.
+    /// Extension: higher goes first; 0 if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub priority: Option<u8>,
+    pub priority: Option<i8>,
     /// Extension: variables for the chat template, such as `enable_thinking`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Object>)]

@@ -20,9 +20,9 @@ pub struct EmbeddingRequest {
     /// The client's name for its user. Taken, not used.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
-    /// Extension: higher goes first; 100 if absent.
+    /// Extension: higher goes first; 0 if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub priority: Option<u8>,
+    pub priority: Option<i8>,
 }
 
 impl EmbeddingRequest {

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::store;
+use super::{prefetch, store};
 use crate::format::Format;
 use crate::linear::{Activations, DIRECT_TOKENS, PANEL, PanelOut, TILE};
 
@@ -68,6 +68,9 @@ unsafe fn tile<W: Weights, const T: usize>(
     for weights in panel.chunks_exact(PANEL * W::BYTES) {
         // SAFETY: the chunk holds 32 weights, and every column of the tile is in the buffer.
         unsafe {
+            if token == 0 {
+                prefetch(weights.as_ptr(), weights.len());
+            }
             let low = W::load(weights.as_ptr());
             let high = W::load(weights.as_ptr().add(16 * W::BYTES));
             for (t, acc) in acc.iter_mut().enumerate() {

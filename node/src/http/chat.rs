@@ -1,0 +1,341 @@
+//! `POST /v1/chat/completions`: messages to a prompt, tokens to a message.
+//!
+//! An answer that is not streamed is the sum of the pieces that a stream would have sent.
+
+use std::sync::Arc;
+
+use axum::Extension;
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::Request;
+use axum::response::{IntoResponse, Response};
+use engine::chat::{Calendar, ChatInput, TemplateError};
+use engine::replica::{FinishReason, GenerateRequest, PRIORITY_DEFAULT};
+use engine::sampler::SampledToken;
+use protocol::TokenId;
+use protocol::api::{
+    self, ApiError, CalledFunction, ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion,
+    ChatLogprobs, ChatMessageOut, ChatRequest, Delta, ErrorBody, ErrorCode, Role, Stop,
+    TokenLogprob, ToolCall, ToolCallDelta, TopLogprob, Usage,
+};
+use serde_json::Value;
+
+use super::error::Failure;
+use super::generation::{Generation, Update};
+use super::guard::Caller;
+use super::sse::{self, Chunks, Frames};
+use super::{App, body, params, unix_now};
+use crate::model::Model;
+use crate::replica::Work;
+
+/// Answers a chat.
+#[utoipa::path(post, path = "/v1/chat/completions", tag = "inference", request_body = ChatRequest,
+    responses(
+        (status = 200, description = "choices; with `stream`, events", content(
+            (ChatCompletion = "application/json"), (ChatChunk = "text/event-stream"))),
+        (status = 400, description = "a bad request", body = ErrorBody),
+        (status = 401, description = "no valid key", body = ErrorBody),
+        (status = 404, description = "no such model", body = ErrorBody),
+        (status = 429, description = "the queue is full", body = ErrorBody),
+        (status = 503, description = "loading, overloaded or shutting down", body = ErrorBody),
+    ))]
+pub(crate) async fn chat(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    request: Request<Body>,
+) -> Result<Response, Failure> {
+    app.admit()?;
+    let request: ChatRequest = body::read_json(request, &app.limits).await?;
+    request.validate()?;
+    let model = app.registry.ready(&request.model)?;
+    caller.log.model(&model.id);
+    let sampling = params::chat_sampling(&request);
+    params::check(&sampling, model.vocab)?;
+
+    let request = Arc::new(request);
+    let prompt = prompt(model.clone(), request.clone()).await?;
+    let prompt_tokens = prompt.len() as u64;
+    let choices = request.n.unwrap_or(1) as usize;
+    let max_tokens = request.max_completion_tokens.or(request.max_tokens);
+    let grammar = match params::grammar(request.grammar.as_ref()) {
+        None => {
+            let spec = params::response_format(request.response_format.as_ref());
+            params::compile(spec, "response_format")?
+        }
+        spec => params::compile(spec, "grammar")?,
+    };
+    let work = Work::Generate(GenerateRequest {
+        tenant: caller.tenant.clone(),
+        choices,
+        sampling,
+        seed: request.seed,
+        max_tokens: max_tokens.map(|n| n as usize),
+        stop: request.stop.clone().map(Stop::into_vec).unwrap_or_default(),
+        grammar,
+        priority: request.priority.unwrap_or(PRIORITY_DEFAULT),
+        ..GenerateRequest::new(caller.log.id, prompt)
+    });
+    let writer = Writer::new(&request, &caller, model.clone(), choices);
+    let generation = Generation::start(
+        model,
+        caller.log.clone(),
+        app.cancel.clone(),
+        vec![work],
+        prompt_tokens,
+        choices,
+    )
+    .await
+    .map_err(|error| match error.code {
+        ErrorCode::ContextLengthExceeded => error.at("messages"),
+        _ => error,
+    })?;
+    match request.stream == Some(true) {
+        true => Ok(sse::response(generation, writer, app.limits.keep_alive)),
+        false => Ok(axum::Json(writer.collect(generation).await?).into_response()),
+    }
+}
+
+/// Renders the template. Off the async threads: long chats take many milliseconds.
+async fn prompt(model: Arc<Model>, request: Arc<ChatRequest>) -> Result<Vec<TokenId>, ApiError> {
+    let render = move || {
+        let Some(template) = &model.template else {
+            let message = format!("model {} has no chat template: use /v1/completions", model.id);
+            return Err(ApiError::new(ErrorCode::UnsupportedParameter, message).at("messages"));
+        };
+        let messages: Vec<Value> = request.messages.iter().map(as_template_message).collect();
+        let tools: Vec<Value> = match offers_tools(&request) {
+            true => request.tools.iter().flatten().filter_map(to_value).collect(),
+            false => Vec::new(),
+        };
+        let variables = request.chat_template_kwargs.clone().unwrap_or_default();
+        let input = ChatInput {
+            messages: &messages,
+            tools: &tools,
+            documents: &[],
+            add_generation_prompt: true,
+            variables: &variables,
+            now: Calendar::from_unix_s(unix_now() as i64),
+        };
+        let prompt = template.render(&model.tokenizer, &input);
+        prompt.map(|prompt| prompt.tokens).map_err(template_error)
+    };
+    tokio::task::spawn_blocking(render).await.unwrap_or_else(|_| {
+        let message = "the chat template failed on these messages";
+        Err(ApiError::new(ErrorCode::InternalError, message))
+    })
+}
+
+/// Templates know `system`, few know its newer name.
+fn as_template_message(message: &api::Message) -> Value {
+    let mut value = to_value(message).unwrap_or_default();
+    if message.role == Role::Developer {
+        value["role"] = "system".into();
+    }
+    value
+}
+
+fn to_value(value: &impl serde::Serialize) -> Option<Value> {
+    serde_json::to_value(value).ok()
+}
+
+fn template_error(error: TemplateError) -> ApiError {
+    let code = match error {
+        TemplateError::Syntax { .. } => ErrorCode::InternalError,
+        _ => ErrorCode::InvalidValue,
+    };
+    ApiError::new(code, error.to_string()).at("messages")
+}
+
+/// Whether the model hears of the tools.
+fn offers_tools(request: &ChatRequest) -> bool {
+    let none = api::ToolChoice::Mode(api::ToolChoiceMode::None);
+    request.tools.as_ref().is_some_and(|tools| !tools.is_empty())
+        && request.tool_choice.as_ref() != Some(&none)
+}
+
+/// Makes answers and chunks.
+struct Writer {
+    id: String,
+    created: u64,
+    model: Arc<Model>,
+    logprobs: bool,
+    include_usage: bool,
+    choices: Vec<Choice>,
+}
+
+/// What a choice still holds back.
+#[derive(Default)]
+struct Choice {
+    logprobs: Vec<TokenLogprob>,
+}
+
+impl Writer {
+    fn new(request: &ChatRequest, caller: &Caller, model: Arc<Model>, choices: usize) -> Writer {
+        Writer {
+            id: format!("chatcmpl-{:032x}", caller.log.id.0),
+            created: unix_now(),
+            model,
+            logprobs: request.logprobs == Some(true),
+            include_usage: request.stream_options.and_then(|o| o.include_usage) == Some(true),
+            choices: (0..choices).map(|_| Choice::default()).collect(),
+        }
+    }
+
+    /// What an update adds to its choice.
+    fn pieces(&mut self, update: Update) -> Option<ChatChunkChoice> {
+        let (index, text, finish_reason) = match update {
+            Update::Token { choice, sampled, text } => {
+                if self.logprobs {
+                    let logprob = token_logprob(&self.model, &sampled);
+                    self.choices[choice].logprobs.push(logprob);
+                }
+                (choice, text, None)
+            }
+            Update::Finished { choice, reason, text } => (choice, text, Some(finish(reason))),
+            Update::Failed(_) => return None,
+        };
+        if text.is_empty() && finish_reason.is_none() {
+            return None;
+        }
+        let choice = &mut self.choices[index];
+        let logprobs = std::mem::take(&mut choice.logprobs);
+        let shown = self.logprobs && !(logprobs.is_empty() && finish_reason.is_some());
+        Some(ChatChunkChoice {
+            index: index as u32,
+            delta: Delta { content: (!text.is_empty()).then_some(text), ..Delta::default() },
+            logprobs: shown.then_some(ChatLogprobs { content: logprobs, refusal: None }),
+            finish_reason,
+        })
+    }
+
+    fn chunk(&self, choices: Vec<ChatChunkChoice>, usage: Option<Usage>) -> ChatChunk {
+        ChatChunk {
+            id: self.id.clone(),
+            object: "chat.completion.chunk".to_owned(),
+            created: self.created,
+            model: self.model.id.clone(),
+            system_fingerprint: Some(self.model.fingerprint.clone()),
+            choices,
+            usage,
+        }
+    }
+
+    async fn collect(mut self, mut generation: Generation) -> Result<ChatCompletion, ApiError> {
+        let mut choices: Vec<ChatChoice> =
+            (0..self.choices.len()).map(|i| empty_choice(i, self.logprobs)).collect();
+        while let Some(update) = generation.next().await {
+            if let Update::Failed(error) = update {
+                return Err(error);
+            }
+            if let Some(piece) = self.pieces(update) {
+                append(&mut choices[piece.index as usize], piece);
+            }
+        }
+        for choice in &mut choices {
+            // OpenAI says null where there are nothing but calls, an empty text where there is nothing.
+            if choice.message.tool_calls.is_none() {
+                choice.message.content.get_or_insert_default();
+            }
+        }
+        Ok(ChatCompletion {
+            id: self.id,
+            object: "chat.completion".to_owned(),
+            created: self.created,
+            model: self.model.id.clone(),
+            choices,
+            usage: generation.usage(),
+            system_fingerprint: Some(self.model.fingerprint.clone()),
+        })
+    }
+}
+
+impl Chunks for Writer {
+    fn open(&mut self, out: &mut Frames) {
+        for index in 0..self.choices.len() {
+            let delta = Delta {
+                role: Some(Role::Assistant),
+                content: Some(String::new()),
+                tool_calls: None,
+            };
+            let choice =
+                ChatChunkChoice { index: index as u32, delta, logprobs: None, finish_reason: None };
+            out.push(&self.chunk(vec![choice], None));
+        }
+    }
+
+    fn update(&mut self, update: Update, out: &mut Frames) {
+        if let Some(piece) = self.pieces(update) {
+            out.push(&self.chunk(vec![piece], None));
+        }
+    }
+
+    fn close(&mut self, generation: &Generation, out: &mut Frames) {
+        if self.include_usage {
+            out.push(&self.chunk(Vec::new(), Some(generation.usage())));
+        }
+    }
+}
+
+fn empty_choice(index: usize, logprobs: bool) -> ChatChoice {
+    ChatChoice {
+        index: index as u32,
+        message: ChatMessageOut {
+            role: Role::Assistant,
+            content: None,
+            refusal: None,
+            tool_calls: None,
+        },
+        logprobs: logprobs.then(ChatLogprobs::default),
+        finish_reason: api::FinishReason::Stop,
+    }
+}
+
+/// Adds a piece of a stream to a whole answer.
+fn append(choice: &mut ChatChoice, piece: ChatChunkChoice) {
+    if let Some(text) = piece.delta.content {
+        choice.message.content.get_or_insert_default().push_str(&text);
+    }
+    for delta in piece.delta.tool_calls.into_iter().flatten() {
+        append_call(choice.message.tool_calls.get_or_insert_default(), delta);
+    }
+    if let (Some(all), Some(new)) = (&mut choice.logprobs, piece.logprobs) {
+        all.content.extend(new.content);
+    }
+    if let Some(reason) = piece.finish_reason {
+        choice.finish_reason = reason;
+    }
+}
+
+fn append_call(calls: &mut Vec<ToolCall>, delta: ToolCallDelta) {
+    if let (Some(id), Some(name)) = (delta.id, delta.function.name) {
+        let function = CalledFunction { name, arguments: String::new() };
+        calls.push(ToolCall { id, kind: api::ToolType::Function, function });
+    }
+    if let (Some(call), Some(text)) =
+        (calls.get_mut(delta.index as usize), delta.function.arguments)
+    {
+        call.function.arguments.push_str(&text);
+    }
+}
+
+fn finish(reason: FinishReason) -> api::FinishReason {
+    match reason {
+        FinishReason::Stop => api::FinishReason::Stop,
+        FinishReason::Length => api::FinishReason::Length,
+    }
+}
+
+fn token_logprob(model: &Model, sampled: &SampledToken) -> TokenLogprob {
+    let bytes = |token| Some(model.tokenizer.token_bytes(token).to_vec());
+    let top = |&(token, logprob): &(TokenId, f32)| TopLogprob {
+        token: model.token_text(token),
+        logprob: params::finite(logprob),
+        bytes: bytes(token),
+    };
+    TokenLogprob {
+        token: model.token_text(sampled.token),
+        logprob: params::finite(sampled.logprob),
+        bytes: bytes(sampled.token),
+        top_logprobs: sampled.top.iter().map(top).collect(),
+    }
+}

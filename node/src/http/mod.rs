@@ -1,0 +1,106 @@
+//! The HTTP API: OpenAI's endpoints, health, metrics.
+//!
+//! Turns bodies into requests to a replica and events into answers. Refuses to decide anything about
+//! models or scheduling.
+
+mod auth;
+mod body;
+mod chat;
+mod completions;
+mod embeddings;
+mod error;
+mod generation;
+mod guard;
+mod log;
+pub mod openapi;
+mod params;
+mod sse;
+mod system;
+
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use axum::Router;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use protocol::api::{ApiError, ErrorCode};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tower_http::catch_panic::CatchPanicLayer;
+
+pub use auth::{API_KEY_VARIABLE, ApiKeys, ApiKeysError, KEY_BYTES_MIN, KEYS_MAX};
+
+use crate::ids::RequestIds;
+use crate::metrics::Metrics;
+use crate::options::HttpLimits;
+use crate::registry::Registry;
+use error::Failure;
+
+/// What every handler sees.
+pub(crate) struct App {
+    pub registry: Arc<Registry>,
+    pub metrics: Arc<Metrics>,
+    pub keys: ApiKeys,
+    /// Refuse foreign `Host` and `Origin` headers.
+    pub check_host: bool,
+    pub limits: HttpLimits,
+    pub ids: RequestIds,
+    /// Requests that run a model, until the end of their answers.
+    pub running: TaskTracker,
+    /// No new work; `/readyz` says so.
+    pub drain: CancellationToken,
+    /// What still runs breaks off.
+    pub cancel: CancellationToken,
+    /// The listener closes, and each connection after the answer it is in.
+    pub stop: CancellationToken,
+}
+
+impl App {
+    /// Refuses new work while the node is draining.
+    fn admit(&self) -> Result<(), ApiError> {
+        match self.drain.is_cancelled() {
+            true => Err(shutting_down()),
+            false => Ok(()),
+        }
+    }
+}
+
+pub(crate) fn router(app: Arc<App>) -> Router {
+    Router::new()
+        .route("/v1/chat/completions", post(chat::chat))
+        .route("/v1/completions", post(completions::completions))
+        .route("/v1/embeddings", post(embeddings::embeddings))
+        .route("/v1/models", get(system::models))
+        .route("/v1/models/{*id}", get(system::model))
+        .route("/healthz", get(system::healthz))
+        .route("/readyz", get(system::readyz))
+        .route("/metrics", get(system::metrics))
+        .route("/openapi.json", get(system::openapi))
+        .fallback(system::not_found)
+        .method_not_allowed_fallback(system::method_not_allowed)
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(axum::middleware::from_fn_with_state(app.clone(), guard::guard))
+        .with_state(app)
+}
+
+fn panicked(panic: Box<dyn std::any::Any + Send + 'static>) -> Response {
+    let text = panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or(panic.downcast_ref::<&str>().copied())
+        .unwrap_or("no text");
+    tracing::error!(panic = text, "a handler panicked: please report this");
+    Failure(ApiError::new(
+        ErrorCode::InternalError,
+        "the node failed on this request; it is logged",
+    ))
+    .into_response()
+}
+
+fn shutting_down() -> ApiError {
+    ApiError::new(ErrorCode::ShuttingDown, "this node is shutting down: ask another one")
+}
+
+fn unix_now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}

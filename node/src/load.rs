@@ -1,0 +1,163 @@
+//! From a model's files to a model that serves, in the background.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use engine::chat::ChatTemplate;
+use engine::replica::{GenerateRequest, Replica};
+use engine::tokenizer::Tokenizer;
+use protocol::RequestId;
+
+use crate::metrics::Metrics;
+use crate::model::Model;
+use crate::options::ModelOptions;
+use crate::registry::{ModelState, Registry};
+use crate::replica::{Core, ReplicaHandle, Work};
+
+/// A model in memory, whose replica does not run yet.
+pub struct Loaded {
+    pub tokenizer: Tokenizer,
+    pub template: Option<ChatTemplate>,
+    /// Width of the logits.
+    pub vocab: usize,
+    /// Width of an embedding.
+    pub hidden: usize,
+    /// Prompt and answer together.
+    pub context_tokens_max: usize,
+    /// Names weights and numerics.
+    pub fingerprint: String,
+    pub core: Box<dyn Core>,
+}
+
+impl Loaded {
+    /// A replica with what belongs to it. `hidden` is the width of its embeddings; `fingerprint`
+    /// names weights and numerics.
+    pub fn new(
+        replica: Replica,
+        template: ChatTemplate,
+        hidden: usize,
+        fingerprint: String,
+    ) -> Loaded {
+        Loaded {
+            tokenizer: replica.tokenizer().clone(),
+            template: Some(template),
+            vocab: replica.executor().decoder().config().vocab,
+            hidden,
+            context_tokens_max: replica.tokens_max(),
+            fingerprint,
+            core: Box::new(replica),
+        }
+    }
+}
+
+/// How far a model is, for progress bars.
+#[derive(Clone, Debug)]
+pub struct LoadProgress<'a> {
+    pub model: &'a str,
+    /// Between 0 and 1.
+    pub done: f32,
+    pub stage: &'static str,
+}
+
+/// Called from loading threads; must be quick.
+pub type OnProgress = Arc<dyn Fn(LoadProgress<'_>) + Send + Sync>;
+
+/// Reads a model. It reports how far it is between 0 and 1; an error is a sentence for the operator.
+pub type Loader =
+    Box<dyn FnOnce(&dyn Fn(f32, &'static str)) -> Result<Loaded, String> + Send + 'static>;
+
+/// Loads the models one after the other, in their order: loading is bound by the disk.
+pub(crate) fn spawn(
+    models: Vec<ModelOptions>,
+    registry: Arc<Registry>,
+    metrics: Arc<Metrics>,
+    on_progress: Option<OnProgress>,
+) {
+    tokio::task::spawn_blocking(move || {
+        for (index, model) in models.into_iter().enumerate() {
+            let id = model.id;
+            let report = |done: f32, stage| {
+                registry.set(index, ModelState::Loading { done, stage });
+                if let Some(on_progress) = &on_progress {
+                    on_progress(LoadProgress { model: &id, done, stage });
+                }
+            };
+            let began = Instant::now();
+            let loaded = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                let loaded = (model.loader)(&|done, stage| report(done * READING, stage))?;
+                report(READING, "warming up");
+                start(&id, loaded, &metrics)
+            }));
+            let state = match loaded {
+                Ok(Ok(model)) => {
+                    let took_ms = began.elapsed().as_millis() as u64;
+                    tracing::info!(model = %id, took_ms, "model is ready");
+                    report(1.0, "ready");
+                    ModelState::Ready(Arc::new(model))
+                }
+                Ok(Err(why)) => {
+                    tracing::error!(model = %id, error = %why, "model cannot be served");
+                    ModelState::Failed(why)
+                }
+                Err(_) => {
+                    tracing::error!(model = %id, "the loader panicked: please report this");
+                    ModelState::Failed("its loader failed: see the log".to_owned())
+                }
+            };
+            registry.set(index, state);
+        }
+    });
+}
+
+/// Makes one step, so that the first client does not pay for cold pages, then starts the thread.
+fn start(id: &str, mut loaded: Loaded, metrics: &Metrics) -> Result<Model, String> {
+    let origin = Instant::now();
+    let clock = move || {
+        protocol::Instant::from_nanos(
+            u64::try_from(origin.elapsed().as_nanos()).unwrap_or(u64::MAX),
+        )
+    };
+    warm_up(&mut *loaded.core, &clock)?;
+    let metrics = metrics.model(id);
+    let (replica, _thread) = ReplicaHandle::spawn(id, loaded.core, clock, metrics.clone())
+        .map_err(|e| format!("cannot start its thread: {e}"))?;
+    Ok(Model {
+        id: id.to_owned(),
+        tokenizer: loaded.tokenizer,
+        template: loaded.template,
+        vocab: loaded.vocab,
+        hidden: loaded.hidden,
+        context_tokens_max: loaded.context_tokens_max,
+        fingerprint: loaded.fingerprint,
+        replica,
+        metrics,
+    })
+}
+
+fn warm_up(core: &mut dyn Core, clock: &dyn Fn() -> protocol::Instant) -> Result<(), String> {
+    let request = GenerateRequest {
+        max_tokens: Some(WARM_TOKENS),
+        ignore_eos: true,
+        ..GenerateRequest::new(RequestId(u128::MAX), vec![0])
+    };
+    core.submit(clock(), Work::Generate(request)).map_err(|e| format!("its first step: {e}"))?;
+    let mut events = Vec::new();
+    for _ in 0..WARM_STEPS_MAX {
+        core.step(clock, &mut events);
+        for (_, event) in events.drain(..) {
+            match event {
+                engine::replica::Event::Finished { .. } => return Ok(()),
+                engine::replica::Event::Failed { error, .. } => {
+                    return Err(format!("its first step failed: {error}"));
+                }
+                _ => {}
+            }
+        }
+    }
+    Err("its first step did not end".to_owned())
+}
+
+/// Share of the progress that reading the files takes.
+const READING: f32 = 0.95;
+const WARM_TOKENS: usize = 2;
+const WARM_STEPS_MAX: usize = 16;

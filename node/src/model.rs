@@ -1,0 +1,39 @@
+//! A model that can serve: its tokenizer, its template and the way to its replica.
+
+use engine::chat::ChatTemplate;
+use engine::tokenizer::Tokenizer;
+use protocol::TokenId;
+
+use crate::metrics::ModelMetrics;
+use crate::replica::ReplicaHandle;
+
+/// What handlers need of a loaded model.
+pub struct Model {
+    /// The name that clients ask for.
+    pub id: String,
+    pub tokenizer: Tokenizer,
+    /// `None` for models that have none: they serve no chat.
+    pub template: Option<ChatTemplate>,
+    /// Width of the logits.
+    pub vocab: usize,
+    /// Width of an embedding.
+    pub hidden: usize,
+    /// Prompt and answer together.
+    pub context_tokens_max: usize,
+    /// Names weights and numerics.
+    pub fingerprint: String,
+    pub replica: ReplicaHandle,
+    pub metrics: ModelMetrics,
+}
+
+impl Model {
+    /// False once the replica's thread has ended.
+    pub fn is_running(&self) -> bool {
+        self.replica.is_running()
+    }
+
+    /// A token by itself; bytes that are not UTF-8 become U+FFFD.
+    pub fn token_text(&self, token: TokenId) -> String {
+        String::from_utf8_lossy(self.tokenizer.token_bytes(token)).into_owned()
+    }
+}

@@ -1,0 +1,82 @@
+//! What a node is told at its start.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use crate::http::ApiKeys;
+use crate::load::{Loader, OnProgress};
+
+/// Bounds of the HTTP server.
+#[derive(Clone, Debug)]
+pub struct HttpLimits {
+    /// Connections served at once; more wait in the kernel's backlog. Each costs some 20 KiB and at
+    /// most one request body. Too small: clients wait. Too large: memory goes to idle clients.
+    pub connections_max: usize,
+    /// Largest request body, in bytes. Too small: long prompts are refused (a token is about four
+    /// bytes). Too large: `connections_max` times this is what hostile clients can claim.
+    pub body_bytes_max: usize,
+    /// Time for a body to arrive. Too small: slow links fail. Too large: idle senders hold places.
+    pub body_timeout: Duration,
+    /// Time for the head of a request to arrive, which also ends idle kept-alive connections.
+    pub head_timeout: Duration,
+    /// Silence in a stream after which a comment is sent, so that proxies keep it open.
+    pub keep_alive: Duration,
+}
+
+impl Default for HttpLimits {
+    fn default() -> Self {
+        HttpLimits {
+            connections_max: 4096,
+            body_bytes_max: 16 << 20,
+            body_timeout: Duration::from_secs(30),
+            head_timeout: Duration::from_secs(75),
+            keep_alive: Duration::from_secs(15),
+        }
+    }
+}
+
+/// A model to serve.
+pub struct ModelOptions {
+    /// The name that clients ask for.
+    pub id: String,
+    pub loader: Loader,
+}
+
+impl std::fmt::Debug for ModelOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ModelOptions").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+/// Everything that a node is told.
+pub struct NodeOptions {
+    /// Where to listen; port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// At least one; names are unique.
+    pub models: Vec<ModelOptions>,
+    /// Needed to listen on anything but loopback, unless `insecure`.
+    pub keys: ApiKeys,
+    /// Serve everybody who can reach the address.
+    pub insecure: bool,
+    pub http: HttpLimits,
+    /// Time that running answers get at shutdown. Too small: answers are cut. Too large: the node
+    /// hangs on in rollouts.
+    pub drain_limit: Duration,
+    /// Told how far loading is.
+    pub on_progress: Option<OnProgress>,
+}
+
+impl NodeOptions {
+    /// A node on loopback with the defaults.
+    pub fn new(listen: SocketAddr, models: Vec<ModelOptions>) -> Self {
+        NodeOptions {
+            listen,
+            models,
+            keys: ApiKeys::default(),
+            insecure: false,
+            http: HttpLimits::default(),
+            drain_limit: Duration::from_secs(30),
+            on_progress: None,
+        }
+    }
+}

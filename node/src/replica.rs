@@ -1,0 +1,331 @@
+//! The shell around a replica: one OS thread for each model, with a bounded inbox, that steps as long
+//! as there is work. It never waits for a client.
+//!
+//! Bounds: [`INBOX_MAX`] commands wait (then 429); [`EVENTS_MAX`] events of one request wait (then the
+//! request is given up, since its client is thousands of tokens behind). A client that leaves drops
+//! its receiver; the thread sees that before the next step and cancels the request.
+
+use std::collections::BTreeMap;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use engine::replica::{
+    EmbedRequest, Event, Events, GenerateRequest, Replica, RequestError, ScoreRequest,
+};
+use protocol::{Instant, RequestId};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::metrics::ModelMetrics;
+
+/// What the thread drives: `engine::replica::Replica`, or a script in tests.
+pub trait Core: Send + 'static {
+    /// Takes a request on. An error changes nothing.
+    fn submit(&mut self, now: Instant, work: Work) -> Result<(), RequestError>;
+    /// Ends a request without further events; its blocks are free after the next step.
+    fn cancel(&mut self, now: Instant, request: RequestId);
+    /// One forward pass, and what came of it. Called whenever requests are open.
+    fn step(&mut self, clock: &dyn Fn() -> Instant, events: &mut Events) -> StepReport;
+    fn stats(&self) -> Stats;
+}
+
+/// A request to a replica.
+#[derive(Clone, Debug)]
+pub enum Work {
+    Generate(GenerateRequest),
+    Embed(EmbedRequest),
+    Score(ScoreRequest),
+}
+
+impl Work {
+    pub fn request(&self) -> RequestId {
+        match self {
+            Work::Generate(r) => r.request,
+            Work::Embed(r) => r.request,
+            Work::Score(r) => r.request,
+        }
+    }
+
+    /// Number of final events to come.
+    fn choices(&self) -> usize {
+        match self {
+            Work::Generate(r) => r.choices,
+            Work::Embed(_) | Work::Score(_) => 1,
+        }
+    }
+}
+
+/// What a step did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StepReport {
+    /// Tokens computed; 0 means that nothing could run now.
+    pub tokens: usize,
+}
+
+/// State of a replica, for the gauges.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    pub blocks_free: usize,
+    pub blocks_used: usize,
+    pub blocks_cached: usize,
+    pub running: usize,
+    pub waiting: usize,
+    /// Since the start.
+    pub preemptions: u64,
+}
+
+impl Core for Replica {
+    fn submit(&mut self, now: Instant, work: Work) -> Result<(), RequestError> {
+        match work {
+            Work::Generate(request) => self.generate(now, request),
+            Work::Embed(request) => self.embed(now, request),
+            Work::Score(request) => self.score(now, request),
+        }
+    }
+
+    fn cancel(&mut self, now: Instant, request: RequestId) {
+        Replica::cancel(self, now, request);
+    }
+
+    fn step(&mut self, clock: &dyn Fn() -> Instant, events: &mut Events) -> StepReport {
+        match Replica::step(self, clock, events) {
+            Some(report) => StepReport { tokens: report.prefill_tokens + report.decode_tokens },
+            None => {
+                self.tick(clock(), events);
+                StepReport { tokens: 0 }
+            }
+        }
+    }
+
+    fn stats(&self) -> Stats {
+        let stats = Replica::stats(self);
+        Stats {
+            blocks_free: stats.blocks_free,
+            blocks_used: stats.blocks_used,
+            blocks_cached: stats.blocks_cached,
+            running: stats.running,
+            waiting: stats.waiting,
+            preemptions: stats.preemptions,
+        }
+    }
+}
+
+/// An event, with the index of the part of the submission that it belongs to.
+pub type PartEvent = (usize, Event);
+
+/// A refused submission.
+#[derive(Debug)]
+pub enum SubmitError {
+    Request(RequestError),
+    /// The inbox is full.
+    Busy,
+    /// The thread has ended.
+    Stopped,
+}
+
+/// The way to a replica's thread. Cheap to clone; the thread ends when the last one is dropped.
+#[derive(Clone)]
+pub struct ReplicaHandle {
+    inbox: SyncSender<Submission>,
+    running: Arc<AtomicBool>,
+}
+
+struct Submission {
+    parts: Vec<Work>,
+    events: mpsc::Sender<PartEvent>,
+    reply: oneshot::Sender<Result<(), RequestError>>,
+}
+
+impl ReplicaHandle {
+    /// Starts the thread. `clock` gives the time; `metrics` is written after each step.
+    pub fn spawn(
+        name: &str,
+        core: Box<dyn Core>,
+        clock: impl Fn() -> Instant + Send + 'static,
+        metrics: ModelMetrics,
+    ) -> std::io::Result<(ReplicaHandle, JoinHandle<()>)> {
+        let (inbox, commands) = sync_channel(INBOX_MAX);
+        let model = name.to_owned();
+        let running = Arc::new(AtomicBool::new(true));
+        let alive = running.clone();
+        let thread =
+            std::thread::Builder::new().name(format!("replica {name}")).spawn(move || {
+                let shell =
+                    Shell { core, clock, metrics, requests: BTreeMap::new(), preemptions: 0 };
+                // A panic ends this replica only: its clients get an error, and the model is reported
+                // as unavailable. Nothing of the broken state is used again.
+                let run = AssertUnwindSafe(|| shell.run(commands));
+                if std::panic::catch_unwind(run).is_err() {
+                    tracing::error!(
+                        model,
+                        "the replica has panicked and is stopped: restart the node"
+                    );
+                }
+                alive.store(false, Ordering::Release);
+            })?;
+        Ok((ReplicaHandle { inbox, running }, thread))
+    }
+
+    /// False once the thread has ended.
+    pub fn is_running(&self) -> bool {
+        self.running.load(Ordering::Acquire)
+    }
+
+    /// Hands the parts of one client request over. Their events arrive in the receiver; dropping it
+    /// cancels them. After an error no part runs.
+    pub async fn submit(&self, parts: Vec<Work>) -> Result<mpsc::Receiver<PartEvent>, SubmitError> {
+        let (events, receiver) = mpsc::channel(EVENTS_MAX);
+        let (reply, answer) = oneshot::channel();
+        self.inbox.try_send(Submission { parts, events, reply }).map_err(|error| match error {
+            TrySendError::Full(_) => SubmitError::Busy,
+            TrySendError::Disconnected(_) => SubmitError::Stopped,
+        })?;
+        match answer.await {
+            Ok(Ok(())) => Ok(receiver),
+            Ok(Err(error)) => Err(SubmitError::Request(error)),
+            Err(_) => Err(SubmitError::Stopped),
+        }
+    }
+}
+
+struct Shell<K> {
+    core: Box<dyn Core>,
+    clock: K,
+    metrics: ModelMetrics,
+    requests: BTreeMap<RequestId, Open>,
+    preemptions: u64,
+}
+
+/// A request whose last event has not been delivered.
+struct Open {
+    events: mpsc::Sender<PartEvent>,
+    part: usize,
+    choices_open: usize,
+}
+
+impl<K: Fn() -> Instant> Shell<K> {
+    fn run(mut self, inbox: Receiver<Submission>) {
+        let mut events = Vec::new();
+        let mut stalled = false;
+        loop {
+            if self.requests.is_empty() {
+                match inbox.recv() {
+                    Ok(submission) => self.submit(submission),
+                    Err(_) => return,
+                }
+            } else if stalled {
+                match inbox.recv_timeout(STALL_WAIT) {
+                    Ok(submission) => self.submit(submission),
+                    Err(RecvTimeoutError::Timeout) => {}
+                    // Running requests still have clients: they are finished first.
+                    Err(RecvTimeoutError::Disconnected) => std::thread::sleep(STALL_WAIT),
+                }
+            }
+            for submission in inbox.try_iter().take(INBOX_MAX) {
+                self.submit(submission);
+            }
+            self.cancel_abandoned();
+            let began = (self.clock)();
+            let report = self.core.step(&self.clock, &mut events);
+            if report.tokens > 0 {
+                let took = (self.clock)().saturating_since(began);
+                self.metrics.step_time.record(took.as_secs_f64());
+                self.metrics.step_tokens.increment(report.tokens as u64);
+            }
+            stalled = report.tokens == 0 && events.is_empty();
+            for (request, event) in events.drain(..) {
+                self.deliver(request, event);
+            }
+            self.publish();
+        }
+    }
+
+    fn submit(&mut self, submission: Submission) {
+        let Submission { parts, events, reply } = submission;
+        if reply.is_closed() {
+            return;
+        }
+        let now = (self.clock)();
+        let mut taken: Vec<RequestId> = Vec::with_capacity(parts.len());
+        for (part, work) in parts.into_iter().enumerate() {
+            let (request, choices_open) = (work.request(), work.choices());
+            if let Err(error) = self.core.submit(now, work) {
+                for request in taken {
+                    self.requests.remove(&request);
+                    self.core.cancel(now, request);
+                }
+                // The client may have left meanwhile; then nobody wants to know.
+                let _ = reply.send(Err(error));
+                return;
+            }
+            self.requests.insert(request, Open { events: events.clone(), part, choices_open });
+            taken.push(request);
+        }
+        let _ = reply.send(Ok(()));
+    }
+
+    fn cancel_abandoned(&mut self) {
+        let now = (self.clock)();
+        let core = &mut self.core;
+        self.requests.retain(|&request, open| {
+            let abandoned = open.events.is_closed();
+            if abandoned {
+                core.cancel(now, request);
+            }
+            !abandoned
+        });
+    }
+
+    fn deliver(&mut self, request: RequestId, event: Event) {
+        let Some(open) = self.requests.get_mut(&request) else { return };
+        let last = matches!(
+            event,
+            Event::Finished { .. }
+                | Event::Failed { .. }
+                | Event::Embedding { .. }
+                | Event::Scores { .. }
+        );
+        let full = match open.events.try_send((open.part, event)) {
+            Ok(()) => false,
+            Err(mpsc::error::TrySendError::Full(_)) => true,
+            // Seen by `cancel_abandoned` before the next step.
+            Err(mpsc::error::TrySendError::Closed(_)) => false,
+        };
+        if full {
+            self.metrics.slow_clients.increment(1);
+            self.requests.remove(&request);
+            self.core.cancel((self.clock)(), request);
+            return;
+        }
+        if last {
+            open.choices_open = open.choices_open.saturating_sub(1);
+            if open.choices_open == 0 {
+                self.requests.remove(&request);
+            }
+        }
+    }
+
+    fn publish(&mut self) {
+        let stats = self.core.stats();
+        self.metrics.blocks_free.set(stats.blocks_free as f64);
+        self.metrics.blocks_used.set(stats.blocks_used as f64);
+        self.metrics.blocks_cached.set(stats.blocks_cached as f64);
+        self.metrics.running.set(stats.running as f64);
+        self.metrics.waiting.set(stats.waiting as f64);
+        self.metrics.preemptions.increment(stats.preemptions.saturating_sub(self.preemptions));
+        self.preemptions = stats.preemptions;
+    }
+}
+
+/// Submissions that wait for the end of a step. Too small: bursts are refused that the batcher's own
+/// queue would hold. Too large: clients wait for an answer that is "queue full".
+pub const INBOX_MAX: usize = 1024;
+
+/// Events of one request that wait for its client: 16 thousand tokens, some 2 MiB at worst.
+pub const EVENTS_MAX: usize = 16_384;
+
+/// How soon a replica that cannot run anything looks again for clients that left and for deadlines.
+const STALL_WAIT: Duration = Duration::from_millis(5);
