@@ -26,6 +26,9 @@ pub(crate) use inputs::quantize_row;
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")]
 pub unsafe fn quantized<S: Shape>(panel: &[u8], x: &Activations, out: &PanelOut) {
     assert_eq!(panel.len(), S::LAYOUT.panel_bytes(x.cols()), "a whole panel");
+    // Eight tokens do not leave registers for all sums, but half of those are used only once a step;
+    // with more scales than one for a step and row, six are faster.
+    let wide = const { !S::LAYOUT.nested && !S::LAYOUT.mins };
     let mut token = 0;
     while token < x.tokens() {
         // SAFETY: the features are those of this function, the panel was just checked, and no
@@ -35,8 +38,11 @@ pub unsafe fn quantized<S: Shape>(panel: &[u8], x: &Activations, out: &PanelOut)
                 1 => tile::<S, 1>(panel, x, token, out),
                 2 => tile::<S, 2>(panel, x, token, out),
                 3 => tile::<S, 3>(panel, x, token, out),
-                4 | 7 | 8 => tile::<S, 4>(panel, x, token, out),
+                4 | 7 => tile::<S, 4>(panel, x, token, out),
                 5 => tile::<S, 5>(panel, x, token, out),
+                8 if !wide => tile::<S, 4>(panel, x, token, out),
+                6 => tile::<S, 6>(panel, x, token, out),
+                _ if wide => tile::<S, 8>(panel, x, token, out),
                 _ => tile::<S, 6>(panel, x, token, out),
             }
         }
