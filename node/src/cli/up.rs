@@ -1,0 +1,231 @@
+//! `vine up`: a node that serves models until it is told to stop.
+
+use super::args::{EngineArgs, KvType, QuantType, UpArgs};
+use super::model::{LoadedModel, ModelSpec, load};
+use anyhow::{Context, bail};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use node::{ApiKeys, Loaded, ModelOptions, Node, NodeOptions};
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::io::{IsTerminal, Write};
+use std::net::SocketAddr;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+/// The settings of `--config`, all optional; the command line wins.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct Config {
+    #[serde(default)]
+    models: Vec<String>,
+    api: Option<SocketAddr>,
+    api_keys: Option<PathBuf>,
+    insecure: Option<bool>,
+    data: Option<PathBuf>,
+    threads: Option<usize>,
+    kv_memory: Option<String>,
+    kv_dtype: Option<String>,
+    quant: Option<String>,
+    context: Option<usize>,
+    step_tokens: Option<usize>,
+}
+
+/// A node to start.
+pub struct Served {
+    pub api: SocketAddr,
+    pub models: Vec<String>,
+    pub keys: ApiKeys,
+    pub insecure: bool,
+    /// Where the node keeps its secret; without one it lives in memory.
+    pub data: Option<PathBuf>,
+    /// Show progress on the terminal.
+    pub bar: bool,
+}
+
+impl Served {
+    pub fn new(api: SocketAddr, models: Vec<String>) -> Self {
+        let keys = ApiKeys::default();
+        Served { api, models, keys, insecure: false, data: None, bar: true }
+    }
+}
+
+pub async fn up(args: UpArgs) -> anyhow::Result<()> {
+    let (served, engine) = settings(args)?;
+    let models = served.models.len();
+    let node = serve(served, &engine).await?;
+    println!("serving {models} model(s) at {}/v1", node.url());
+    std::io::stdout().flush()?;
+    Ok(node.run_until_signal().await?)
+}
+
+/// Starts the node and waits until every model is ready.
+pub async fn serve(served: Served, engine: &EngineArgs) -> anyhow::Result<Node> {
+    let secret = match &served.data {
+        Some(dir) => node_secret(dir)?,
+        None => random_secret()?,
+    };
+    let mut models = Vec::new();
+    for spec in &served.models {
+        models.push(model_options(ModelSpec::parse(spec)?, engine.clone(), secret));
+    }
+    let mut options = NodeOptions::new(served.api, models);
+    options.keys = served.keys;
+    options.insecure = served.insecure;
+    let bars = Bars::new(served.bar && std::io::stderr().is_terminal());
+    options.on_progress = Some({
+        let bars = bars.clone();
+        Arc::new(move |progress| bars.set(progress.model, progress.done))
+    });
+    let node = node::serve(options).await?;
+    tokio::select! {
+        ready = node.ready() => ready?,
+        stopped = node::shutdown_signal() => {
+            stopped?;
+            node.shutdown().await;
+            bail!("stopped while loading");
+        }
+    }
+    bars.clear();
+    Ok(node)
+}
+
+/// A model whose files are opened at once, so that bad ones are refused before anything starts, and
+/// whose weights are loaded in the background.
+fn model_options(spec: ModelSpec, engine: EngineArgs, secret: [u8; 32]) -> ModelOptions {
+    let id = spec.name.clone();
+    let loader = move |report: &dyn Fn(f32, &'static str)| {
+        report(0.0, "opening");
+        let read = || load(spec.open()?, &engine, secret, &mut |done| report(done, "loading"));
+        let LoadedModel { replica, template, hidden, fingerprint } =
+            read().map_err(|e: anyhow::Error| format!("{e:#}"))?;
+        Ok(Loaded::new(replica, template, hidden, fingerprint))
+    };
+    ModelOptions { id, loader: Box::new(loader) }
+}
+
+/// Command line over environment over file.
+fn settings(args: UpArgs) -> anyhow::Result<(Served, EngineArgs)> {
+    let config = match &args.config {
+        None => Config::default(),
+        Some(path) => {
+            let text = std::fs::read_to_string(path)
+                .with_context(|| format!("cannot read {}", path.display()))?;
+            toml::from_str(&text).with_context(|| format!("{} is not usable", path.display()))?
+        }
+    };
+    let models = if args.models.is_empty() { config.models } else { args.models };
+    if models.is_empty() {
+        bail!("no model: say --model FILE.gguf, a Hugging Face directory, or `demo`");
+    }
+    let keys = match args.api_keys.or(config.api_keys) {
+        Some(path) => ApiKeys::from_file(&path)?,
+        None => ApiKeys::from_env()?,
+    };
+    let engine = EngineArgs {
+        threads: args.engine.threads.or(config.threads),
+        kv_memory: args.engine.kv_memory.or(config.kv_memory),
+        kv_dtype: args.engine.kv_dtype.or(value_of::<KvType>("kv-dtype", config.kv_dtype)?),
+        quant: args.engine.quant.or(value_of::<QuantType>("quant", config.quant)?),
+        context: args.engine.context.or(config.context),
+        step_tokens: args.engine.step_tokens.or(config.step_tokens),
+        isa: args.engine.isa,
+    };
+    let served = Served {
+        keys,
+        insecure: args.insecure || config.insecure.unwrap_or(false),
+        data: Some(args.data.or(config.data).unwrap_or_else(default_data)),
+        ..Served::new(args.api.or(config.api).unwrap_or(API_DEFAULT), models)
+    };
+    Ok((served, engine))
+}
+
+fn value_of<T: clap::ValueEnum>(key: &str, text: Option<String>) -> anyhow::Result<Option<T>> {
+    let parse = |t: String| T::from_str(&t, true).map_err(|e| anyhow::anyhow!("{key}: {e}"));
+    text.map(parse).transpose()
+}
+
+/// `$XDG_DATA_HOME/grapevine`, else `~/.local/share/grapevine`, else a folder here.
+fn default_data() -> PathBuf {
+    let set = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    set("XDG_DATA_HOME")
+        .or_else(|| set("HOME").map(|home| home.join(".local/share")))
+        .map_or_else(|| PathBuf::from("grapevine-data"), |base| base.join("grapevine"))
+}
+
+/// The key from which tenants' salts are derived: made once, readable by its owner only.
+fn node_secret(dir: &Path) -> anyhow::Result<[u8; 32]> {
+    std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    let path = dir.join("secret");
+    let secret = random_secret()?;
+    let made = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
+    match made {
+        Ok(mut file) => {
+            file.write_all(&secret)
+                .and_then(|()| file.sync_all())
+                .with_context(|| format!("cannot write {}", path.display()))?;
+            Ok(secret)
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+            let bytes =
+                std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+            bytes.try_into().map_err(|bytes: Vec<u8>| {
+                anyhow::anyhow!(
+                    "{} has {} bytes instead of 32: it is damaged; remove it to make a new one",
+                    path.display(),
+                    bytes.len()
+                )
+            })
+        }
+        Err(error) => Err(error).with_context(|| format!("cannot make {}", path.display())),
+    }
+}
+
+fn random_secret() -> anyhow::Result<[u8; 32]> {
+    use std::io::Read;
+    let mut secret = [0; 32];
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut file| file.read_exact(&mut secret))
+        .context("cannot read random numbers from /dev/urandom")?;
+    Ok(secret)
+}
+
+/// One bar for each model that is being loaded.
+#[derive(Clone)]
+struct Bars {
+    all: MultiProgress,
+    visible: bool,
+    by_model: Arc<Mutex<BTreeMap<String, ProgressBar>>>,
+}
+
+impl Bars {
+    fn new(visible: bool) -> Self {
+        Bars { all: MultiProgress::new(), visible, by_model: Arc::default() }
+    }
+
+    fn set(&self, model: &str, done: f32) {
+        if !self.visible {
+            return;
+        }
+        let mut bars = self.by_model.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let bar = bars.entry(model.to_owned()).or_insert_with(|| {
+            let style = ProgressStyle::with_template(
+                "{prefix:.bold} loading {wide_bar} {percent:>3} %  {elapsed}",
+            );
+            let bar = self.all.add(ProgressBar::new(1000));
+            bar.set_prefix(model.to_owned());
+            bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+        });
+        bar.set_position((done * 1000.0) as u64);
+        if done >= 1.0 {
+            bar.finish_and_clear();
+        }
+    }
+
+    fn clear(&self) {
+        let _ = self.all.clear();
+    }
+}
+
+const API_DEFAULT: SocketAddr =
+    SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 8420);
