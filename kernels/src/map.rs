@@ -4,9 +4,12 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::path::Path;
 
 use memmap2::Mmap;
+#[cfg(unix)]
+use memmap2::UncheckedAdvice;
 
 /// A regular file, mapped read-only in whole; the pages are read when they are touched.
 ///
@@ -48,6 +51,24 @@ impl MappedFile {
     pub fn bytes(&self) -> &[u8] {
         self.map.as_deref().unwrap_or(&[])
     }
+
+    /// Says that `range` is not needed for now: its pages leave this process and come back, from
+    /// the system's cache or from the disk, when they are touched again. Without effect where the
+    /// system has no such call, or beyond the end.
+    pub fn release(&self, range: Range<usize>) {
+        #[cfg(unix)]
+        if let Some(map) = self.map.as_ref().filter(|map| range.end <= map.len()) {
+            // SAFETY: the mapping is of a file and never written through, so that dropping its
+            // pages changes no byte that a reader can see: the next touch reads them again.
+            let released = unsafe {
+                map.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, range.len())
+            };
+            // Only memory use depends on it.
+            drop(released);
+        }
+        #[cfg(not(unix))]
+        let _ = range;
+    }
 }
 
 #[cfg(test)]
@@ -61,7 +82,12 @@ mod tests {
         for content in [&b""[..], &b"x"[..], &[7; 70_000][..]] {
             let path = dir.join("file");
             std::fs::write(&path, content).expect("a file");
-            assert_eq!(MappedFile::open(&path).expect("opens").bytes(), content);
+            let file = MappedFile::open(&path).expect("opens");
+            assert_eq!(file.bytes(), content);
+            for range in [0..content.len(), content.len() / 2..content.len(), 0..usize::MAX] {
+                file.release(range);
+                assert_eq!(file.bytes(), content);
+            }
         }
         let refused = |path: &Path| MappedFile::open(path).expect_err("is refused").kind();
         assert_eq!(refused(&dir), io::ErrorKind::InvalidInput);

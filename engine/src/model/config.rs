@@ -428,6 +428,9 @@ fn bad(field: Field, value: impl fmt::Display, expected: impl Into<String>) -> C
     ConfigError { field, value: value.to_string(), expected: expected.into() }
 }
 
+#[cfg(test)]
+mod tests;
+
 /// Layers that a model may have.
 pub const LAYERS_MAX: usize = 1024;
 /// Width of the residual stream or of a feed-forward.

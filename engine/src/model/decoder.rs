@@ -240,6 +240,7 @@ impl<'a> Loader<'a> {
         let matrix = packed.map_err(|e| Self::refuse(&tensor, e))?;
         self.packed_bytes += matrix.packed_bytes() as u64;
         self.note(&tensor);
+        self.source.release(role);
         Ok(matrix)
     }
 

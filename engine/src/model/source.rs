@@ -13,6 +13,9 @@ pub trait TensorSource: Send + Sync {
 
     /// BLAKE3 of all tensors: different for any other weights. May read all of them.
     fn digest(&self) -> [u8; 32];
+
+    /// Says that a borrowed tensor was copied and its pages may leave memory.
+    fn release(&self, _role: TensorRole) {}
 }
 
 impl TensorSource for ModelSource {
@@ -26,5 +29,9 @@ impl TensorSource for ModelSource {
 
     fn digest(&self) -> [u8; 32] {
         ModelSource::digest(self)
+    }
+
+    fn release(&self, role: TensorRole) {
+        ModelSource::release(self, role);
     }
 }

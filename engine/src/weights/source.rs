@@ -142,6 +142,14 @@ impl ModelSource {
         Ok(Some(Tensor { name, format, rows, cols, bytes: Cow::Borrowed(bytes) }))
     }
 
+    /// Says that the bytes of a role were copied: their pages may leave memory until they are
+    /// asked for again.
+    pub fn release(&self, role: TensorRole) {
+        if let Some((_, place, _)) = self.find(role) {
+            self.files[place.file].release(place);
+        }
+    }
+
     /// BLAKE3 over the name, format, shape and BLAKE3 of the bytes of every tensor, in the order of
     /// the names: the same weights give the same digest whatever else the file says, and any other
     /// weights another one.
@@ -170,7 +178,9 @@ impl ModelSource {
         let digests: Vec<OnceLock<[u8; 32]>> = places.iter().map(|_| OnceLock::new()).collect();
         let digest = |index: usize| {
             let Place { file, start, len, .. } = *places[index];
-            *blake3::hash(&self.files[file].bytes()[start..start + len]).as_bytes()
+            let digest = blake3::hash(&self.files[file].bytes()[start..start + len]);
+            self.files[file].release(places[index]);
+            *digest.as_bytes()
         };
         let next = AtomicUsize::new(0);
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
@@ -265,6 +275,14 @@ impl WeightFile {
         }
     }
 
+    fn release(&self, place: &Place) {
+        if let WeightBytes::Mapped(map) = &self.bytes
+            && place.len >= RELEASED_BYTES_MIN
+        {
+            map.release(place.start..place.start + place.len);
+        }
+    }
+
     fn refuse(&self, tensor: &str, reason: String) -> ModelError {
         ModelError::Tensor { file: self.path.clone(), tensor: tensor.to_owned(), reason }
     }
@@ -287,6 +305,8 @@ fn shape(dims: &[usize; gguf::DIMS_MAX]) -> String {
     format!("[{}]", parts.join(", "))
 }
 
+/// Below this, memory saved is not worth the call.
+const RELEASED_BYTES_MIN: usize = 1 << 16;
 /// Threads that read for the digest.
 const DIGEST_THREADS_MAX: usize = 16;
 /// Separates this use of BLAKE3 from all others.

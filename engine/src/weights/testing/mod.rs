@@ -14,7 +14,7 @@ pub use hf::{HfFiles, hf};
 pub use random::Random;
 pub use vocabulary::{BOS, CHATML, EOS, VOCAB};
 
-use super::{Format, TensorRole};
+use super::{Format, ModelError, ModelSource, TensorRole};
 use crate::model::{
     Architecture, DecoderConfig, Moe, Rope, RopeLayout, RopeScaling, SlidingWindow,
 };
@@ -66,6 +66,46 @@ pub fn tiny(architecture: Architecture) -> DecoderConfig {
         qk_norm: qwen3,
         tied_embeddings: matches!(architecture, Qwen2 | Qwen3),
         moe,
+    }
+}
+
+/// A description of a few thousand weights, for tests that open thousands of files.
+pub fn smallest(architecture: Architecture) -> DecoderConfig {
+    let mut config = tiny(architecture);
+    (config.layers, config.hidden, config.heads, config.kv_heads) = (1, 32, 4, 2);
+    (config.head_dim, config.rope.dims, config.intermediate) = (8, 8, 64);
+    if let Some(moe) = &mut config.moe {
+        moe.intermediate = 32;
+        config.intermediate = 32;
+    }
+    if let Some(window) = &mut config.sliding_window {
+        window.layers.truncate(1);
+    }
+    config
+}
+
+/// Uses all of a model that opened, and checks that a refusal is a sentence; tells which it was.
+///
+/// # Panics
+/// If the model does not keep what opening it promised.
+pub fn exercise(opened: Result<ModelSource, ModelError>) -> bool {
+    match opened {
+        Ok(source) => {
+            for role in TensorRole::all(&source.config) {
+                let tensor = source.tensor(role).expect("was checked when it was opened");
+                let len = tensor.format.bytes_for(tensor.rows * tensor.cols);
+                assert_eq!(len, Some(tensor.bytes.len()), "{role:?}");
+            }
+            assert!(source.config.rope.inv_freq().iter().all(|freq| freq.is_finite()));
+            assert!(source.config.rope.mscale().is_finite());
+            source.digest();
+            true
+        }
+        Err(error) => {
+            let sentence = error.to_string();
+            assert!(sentence.len() > 20 && sentence.contains(": "), "{sentence}");
+            false
+        }
     }
 }
 

@@ -5,45 +5,8 @@
 
 use serde_json::{Value, json};
 
-use crate::model::{Architecture, DecoderConfig};
 use crate::weights::testing::{self, GgufFile, HfFiles, Meta, Random};
-use crate::weights::{Format, ModelError, ModelSource, TensorRole};
-
-fn small(architecture: Architecture) -> DecoderConfig {
-    let mut config = testing::tiny(architecture);
-    (config.layers, config.hidden, config.heads, config.kv_heads) = (1, 32, 4, 2);
-    (config.head_dim, config.rope.dims, config.intermediate) = (8, 8, 64);
-    if let Some(moe) = &mut config.moe {
-        moe.intermediate = 32;
-        config.intermediate = 32;
-    }
-    if let Some(window) = &mut config.sliding_window {
-        window.layers.truncate(1);
-    }
-    config
-}
-
-/// Uses all of a model that opened, and checks that a refusal is a sentence.
-fn exercise(opened: Result<ModelSource, ModelError>) -> bool {
-    match opened {
-        Ok(source) => {
-            for role in TensorRole::all(&source.config) {
-                let tensor = source.tensor(role).expect("was checked when it was opened");
-                let len = tensor.format.bytes_for(tensor.rows * tensor.cols);
-                assert_eq!(len, Some(tensor.bytes.len()));
-            }
-            assert!(source.config.rope.inv_freq().iter().all(|freq| freq.is_finite()));
-            assert!(source.config.rope.mscale().is_finite());
-            source.digest();
-            true
-        }
-        Err(error) => {
-            let sentence = error.to_string();
-            assert!(sentence.len() > 20 && sentence.contains(": "), "{sentence}");
-            false
-        }
-    }
-}
+use crate::weights::{Format, ModelSource};
 
 fn interesting(random: &mut Random) -> u64 {
     let all = [0, 1, 2, 3, 7, 31, 32, 33, 255, 256, 65_535, 1 << 20, 1 << 31, 1 << 32, 1 << 61];
@@ -116,7 +79,7 @@ fn mutate_bytes(bytes: &mut Vec<u8>, random: &mut Random) {
 #[test]
 fn mutated_ggufs_are_refused_or_work() {
     for (seed, architecture) in testing::ARCHITECTURES.into_iter().enumerate() {
-        let whole = testing::gguf(&small(architecture), Format::F32, 1);
+        let whole = testing::gguf(&testing::smallest(architecture), Format::F32, 1);
         let mut random = Random::new(seed as u64);
         let mut opened = 0;
         for _ in 0..1200 {
@@ -128,7 +91,7 @@ fn mutated_ggufs_are_refused_or_work() {
             for _ in 0..random.below(3) {
                 mutate_bytes(&mut bytes, &mut random);
             }
-            opened += usize::from(exercise(ModelSource::from_bytes("mutated", bytes)));
+            opened += usize::from(testing::exercise(ModelSource::from_bytes("mutated", bytes)));
         }
         // Both sides of the border are reached.
         assert!((100..1100).contains(&opened), "{architecture}: {opened} opened");
@@ -158,7 +121,7 @@ fn mutated_directories_are_refused_or_work() {
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path();
     for (seed, architecture) in testing::ARCHITECTURES.into_iter().enumerate() {
-        let whole = testing::hf(&small(architecture), Format::BF16, 1);
+        let whole = testing::hf(&testing::smallest(architecture), Format::BF16, 1);
         whole.write(path, 1).expect("written");
         let mut random = Random::new(seed as u64);
         let mut opened = 0;
@@ -177,7 +140,7 @@ fn mutated_directories_are_refused_or_work() {
             }
             std::fs::write(path.join("config.json"), config).expect("written");
             std::fs::write(path.join("model.safetensors"), weights).expect("written");
-            opened += usize::from(exercise(ModelSource::open(path)));
+            opened += usize::from(testing::exercise(ModelSource::open(path)));
         }
         assert!((20..190).contains(&opened), "{architecture}: {opened} opened");
     }
