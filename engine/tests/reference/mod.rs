@@ -12,12 +12,11 @@ pub struct Shape {
     pub heads: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
-    pub vocab: usize,
     pub eps: f64,
     pub rope_theta: f64,
     pub rope_scaling: RopeScaling,
-    /// Positions that a token sees, itself included.
-    pub window: Option<usize>,
+    /// For each layer, the positions that a token sees, itself included.
+    pub windows: Vec<Option<usize>>,
     pub moe: Option<Moe>,
 }
 
@@ -26,7 +25,7 @@ pub enum RopeScaling {
     None,
     Linear { factor: f64 },
     Llama3 { factor: f64, low: f64, high: f64, original: f64 },
-    Yarn { factor: f64, beta_fast: f64, beta_slow: f64, original: f64, attention: Option<f64> },
+    Yarn { factor: f64, beta_fast: f64, beta_slow: f64, original: f64 },
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -48,7 +47,6 @@ pub struct Reference<'a> {
 /// Results for each token of the input.
 pub struct ReferenceOutput {
     pub logits: Vec<Vec<f64>>,
-    pub hidden: Vec<Vec<f64>>,
 }
 
 impl Reference<'_> {
@@ -67,11 +65,20 @@ impl Reference<'_> {
         let head = (self.weights)("lm_head.weight").unwrap_or(table);
         let hidden: Vec<Vec<f64>> = x.iter().map(|x| rms_norm(x, &norm, s.eps)).collect();
         let logits = hidden.iter().map(|h| product(&head, h)).collect();
-        ReferenceOutput { logits, hidden }
+        ReferenceOutput { logits }
     }
 
     fn need(&self, name: &str) -> Vec<f32> {
         (self.weights)(name).unwrap_or_else(|| panic!("the test model has no {name}"))
+    }
+
+    /// A matrix, and a bias if the model has one.
+    fn project(&self, name: &str, x: &[f64]) -> Vec<f64> {
+        let mut out = product(&self.need(&format!("{name}.weight")), x);
+        if let Some(bias) = (self.weights)(&format!("{name}.bias")) {
+            add(&mut out, &widen(&bias));
+        }
+        out
     }
 
     fn attention(&self, layer: usize, x: &mut [Vec<f64>]) {
@@ -80,14 +87,10 @@ impl Reference<'_> {
         let norm = self.need(&at("input_layernorm.weight"));
         let normed: Vec<Vec<f64>> = x.iter().map(|x| rms_norm(x, &norm, s.eps)).collect();
         let project = |part: &str, norm: &str, rotate: bool| -> Vec<Vec<f64>> {
-            let weight = self.need(&at(&format!("self_attn.{part}_proj.weight")));
-            let bias = (self.weights)(&at(&format!("self_attn.{part}_proj.bias")));
+            let name = at(&format!("self_attn.{part}_proj"));
             let head_norm = (self.weights)(&at(&format!("self_attn.{norm}.weight")));
             let rows = normed.iter().enumerate().map(|(position, h)| {
-                let mut row = product(&weight, h);
-                if let Some(bias) = &bias {
-                    row.iter_mut().zip(bias).for_each(|(r, &b)| *r += f64::from(b));
-                }
+                let mut row = self.project(&name, h);
                 for head in row.chunks_mut(s.head_dim) {
                     if let (Some(weight), true) = (&head_norm, rotate) {
                         head.copy_from_slice(&rms_norm(head, weight, s.eps));
@@ -103,17 +106,24 @@ impl Reference<'_> {
         let q = project("q", "q_norm", true);
         let k = project("k", "k_norm", true);
         let v = project("v", "v_norm", false);
-        let out = self.need(&at("self_attn.o_proj.weight"));
+        let out = at("self_attn.o_proj");
         for position in 0..x.len() {
-            let mixed = self.mix(&q[position], &k, &v, position);
-            add(&mut x[position], &product(&out, &mixed));
+            let mixed = self.mix(&q[position], &k, &v, position, s.windows[layer]);
+            add(&mut x[position], &self.project(&out, &mixed));
         }
     }
 
     /// Softmax attention of one token over those before it, for every head.
-    fn mix(&self, q: &[f64], k: &[Vec<f64>], v: &[Vec<f64>], position: usize) -> Vec<f64> {
+    fn mix(
+        &self,
+        q: &[f64],
+        k: &[Vec<f64>],
+        v: &[Vec<f64>],
+        position: usize,
+        window: Option<usize>,
+    ) -> Vec<f64> {
         let s = &self.shape;
-        let first = s.window.map_or(0, |w| (position + 1).saturating_sub(w));
+        let first = window.map_or(0, |w| (position + 1).saturating_sub(w));
         let scale = 1.0 / (s.head_dim as f64).sqrt();
         let mut mixed = Vec::with_capacity(s.heads * s.head_dim);
         for head in 0..s.heads {
@@ -141,11 +151,9 @@ impl Reference<'_> {
         for x in x.iter_mut() {
             let h = rms_norm(x, &norm, s.eps);
             let out = match &s.moe {
-                None => self.gated(&h, [
-                    at("mlp.gate_proj.weight"),
-                    at("mlp.up_proj.weight"),
-                    at("mlp.down_proj.weight"),
-                ]),
+                None => {
+                    self.gated(&h, [at("mlp.gate_proj"), at("mlp.up_proj"), at("mlp.down_proj")])
+                }
                 Some(moe) => self.mixture(layer, moe, &h),
             };
             add(x, &out);
@@ -153,17 +161,16 @@ impl Reference<'_> {
     }
 
     fn gated(&self, h: &[f64], [gate, up, down]: [String; 3]) -> Vec<f64> {
-        let gate = product(&self.need(&gate), h);
-        let up = product(&self.need(&up), h);
+        let (gate, up) = (self.project(&gate, h), self.project(&up, h));
         let silu = |g: f64| g / (1.0 + (-g).exp());
         let inner: Vec<f64> = gate.iter().zip(&up).map(|(&g, u)| silu(g) * u).collect();
-        product(&self.need(&down), &inner)
+        self.project(&down, &inner)
     }
 
     fn mixture(&self, layer: usize, moe: &Moe, h: &[f64]) -> Vec<f64> {
         let block = if moe.mixtral_names { "block_sparse_moe" } else { "mlp" };
-        let at = |part: &str| format!("model.layers.{layer}.{block}.{part}.weight");
-        let weights = softmax(&product(&self.need(&at("gate")), h));
+        let at = |part: &str| format!("model.layers.{layer}.{block}.{part}");
+        let weights = softmax(&self.project(&at("gate"), h));
         let mut order: Vec<usize> = (0..moe.experts).collect();
         order.sort_by(|&a, &b| weights[b].total_cmp(&weights[a]));
         order.truncate(moe.used);
@@ -218,10 +225,9 @@ impl Reference<'_> {
                 (scaled.collect(), 1.0)
             }
             // arXiv:2309.00071, "NTK-by-parts" and the attention temperature.
-            RopeScaling::Yarn { factor, beta_fast, beta_slow, original, attention } => {
-                let dim_of = |turns: f64| {
-                    dim * (original / (turns * tau)).ln() / (2.0 * theta.ln())
-                };
+            RopeScaling::Yarn { factor, beta_fast, beta_slow, original } => {
+                let dim_of =
+                    |turns: f64| dim * (original / (turns * tau)).ln() / (2.0 * theta.ln());
                 let low = dim_of(beta_fast).floor().max(0.0);
                 let high = dim_of(beta_slow).ceil().min(dim - 1.0);
                 let width = if high == low { 0.001 } else { high - low };
@@ -229,7 +235,7 @@ impl Reference<'_> {
                     let ramp = ((i as f64 - low) / width).clamp(0.0, 1.0);
                     f / factor * ramp + f * (1.0 - ramp)
                 });
-                (scaled.collect(), attention.unwrap_or(0.1 * factor.ln() + 1.0))
+                (scaled.collect(), 0.1 * factor.ln() + 1.0)
             }
         }
     }
