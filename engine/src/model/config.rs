@@ -301,6 +301,17 @@ impl Rope {
         attention_factor.unwrap_or(inferred) as f32
     }
 
+    /// The positions that a model can use which says it was made for `context`: with YaRN, files
+    /// may give the number from before the stretching.
+    pub fn reach(&self, context: usize) -> usize {
+        match self.scaling {
+            RopeScaling::Yarn { factor, original_context, .. } => {
+                context.max((original_context as f64 * factor) as usize)
+            }
+            _ => context,
+        }
+    }
+
     /// `theta ^ (2 pair / dims)`. The power is taken in f64 and rounded once, which gives the same
     /// bits on every platform.
     fn period(&self, pair: usize) -> f32 {

@@ -186,6 +186,26 @@ fn check(rope: &Rope, expected: &Expected) {
 }
 
 #[test]
+fn yarn_reaches_beyond_the_original_context() {
+    let yarn = RopeScaling::Yarn {
+        factor: 4.0,
+        original_context: 32_768,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        attention_factor: None,
+        mscale: None,
+        mscale_all_dim: None,
+        truncate: true,
+    };
+    let yarn = rope(1_000_000.0, 128, yarn);
+    assert_eq!(
+        (yarn.reach(32_768), yarn.reach(131_072), yarn.reach(200_000)),
+        (131_072, 131_072, 200_000)
+    );
+    assert_eq!(rope(10_000.0, 64, RopeScaling::Linear { factor: 4.0 }).reach(4096), 4096);
+}
+
+#[test]
 fn the_divisors_of_a_gguf_are_llama3_scaling() {
     let mut plain = rope(500_000.0, 8, RopeScaling::None);
     plain.factors = Some(vec![1.0, 2.0, 8.0, 32.0]);

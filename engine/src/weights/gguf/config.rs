@@ -100,6 +100,7 @@ impl Reader<'_, '_> {
             None => return Err(self.missing(Field::Intermediate)),
         };
         let qwen = !matches!(architecture, Architecture::Llama | Architecture::Mixtral);
+        let rope = self.rope(head_dim, qwen, factors)?;
         Ok(DecoderConfig {
             architecture,
             layers,
@@ -109,9 +110,9 @@ impl Reader<'_, '_> {
             head_dim,
             intermediate,
             vocab: self.vocab()?,
-            context: self.size(Field::Context)?,
+            context: rope.reach(self.size(Field::Context)?),
             rms_eps: self.number(Field::RmsEps)?.ok_or_else(|| self.missing(Field::RmsEps))? as f32,
-            rope: self.rope(head_dim, qwen, factors)?,
+            rope,
             sliding_window: self.sliding_window(layers)?,
             qkv_bias: architecture == Architecture::Qwen2 || has("blk.0.attn_q.bias"),
             o_bias: has("blk.0.attn_output.bias"),

@@ -101,7 +101,9 @@ fn header(cursor: &mut Cursor<'_>) -> Result<(u64, u64), ModelError> {
     let magic = cursor.array::<4>("the magic number")?;
     if magic != *b"GGUF" {
         let hex = u32::from_be_bytes(magic);
-        return Err(cursor.refuse(format!("not a GGUF file: it begins with {hex:#010x}")));
+        return Err(cursor.refuse(format!(
+            "not a GGUF file: it begins with {hex:#010x} (of a Hugging Face model, give the directory)"
+        )));
     }
     let version = cursor.u32("the version")?;
     if version.swap_bytes() == 2 || version.swap_bytes() == 3 {

@@ -21,6 +21,7 @@ pub(super) fn decoder_config(json: &Object) -> Result<DecoderConfig, ModelError>
     let qwen3 = matches!(architecture, Architecture::Qwen3 | Architecture::Qwen3Moe);
     let flag = |key: &str| Ok(json.bool(key)?.unwrap_or(false));
     let attention_bias = (llama || qwen3) && flag("attention_bias")?;
+    let rope = rope(json, architecture, head_dim)?;
     let config = DecoderConfig {
         architecture,
         layers,
@@ -30,9 +31,9 @@ pub(super) fn decoder_config(json: &Object) -> Result<DecoderConfig, ModelError>
         head_dim,
         intermediate: json.required_size("intermediate_size")?,
         vocab: json.required_size("vocab_size")?,
-        context: json.required_size("max_position_embeddings")?,
+        context: rope.reach(json.required_size("max_position_embeddings")?),
         rms_eps: json.number("rms_norm_eps")?.unwrap_or(EPS_DEFAULT) as f32,
-        rope: rope(json, architecture, head_dim)?,
+        rope,
         sliding_window: sliding_window(json, architecture, layers)?,
         qkv_bias: attention_bias || architecture == Architecture::Qwen2,
         o_bias: attention_bias,

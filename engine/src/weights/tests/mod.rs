@@ -1,6 +1,7 @@
 //! Models written by [`super::testing`], opened again.
 
 mod fuzz;
+mod hf;
 mod refusals;
 
 use std::path::PathBuf;
@@ -98,9 +99,20 @@ fn options_come_back() {
         high_freq_factor: 4.0,
         original_context: 64,
     };
+    let mut yarn = base.clone();
+    yarn.rope.scaling = RopeScaling::Yarn {
+        factor: 4.0,
+        original_context: 128,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        attention_factor: None,
+        mscale: None,
+        mscale_all_dim: None,
+        truncate: true,
+    };
     let mut tied = base;
     tied.tied_embeddings = true;
-    for config in [biased, linear, llama3, tied] {
+    for config in [biased, linear, llama3, yarn, tied] {
         let source = open_gguf(testing::gguf(&config, Format::F32, 7).bytes()).expect("opens");
         let directory = tempfile::tempdir().expect("a directory");
         testing::hf(&config, Format::F32, 7).write(directory.path(), 1).expect("written");
@@ -108,6 +120,7 @@ fn options_come_back() {
         assert_eq!(hf.config, config);
         let flags = |c: &DecoderConfig| (c.qkv_bias, c.o_bias, c.mlp_bias, c.tied_embeddings);
         assert_eq!(flags(&source.config), flags(&config));
+        assert_eq!(source.config.rope.mscale(), config.rope.mscale());
         let freqs = source.config.rope.inv_freq().into_iter().zip(config.rope.inv_freq());
         freqs.for_each(|(a, b)| assert!((a / b - 1.0).abs() < 1e-6, "{a} {b}"));
         same_tensors(&config, &source, Format::F32);

@@ -57,7 +57,10 @@ fn gguf_containers() {
         ),
     ]);
     let not = refusal(b"PK\x03\x04 and more".to_vec());
-    assert_eq!(not, "m.gguf: not a GGUF file: it begins with 0x504b0304");
+    assert_eq!(
+        not,
+        "m.gguf: not a GGUF file: it begins with 0x504b0304 (of a Hugging Face model, give the directory)"
+    );
     let empty = refusal(Vec::new());
     assert_eq!(
         empty,
