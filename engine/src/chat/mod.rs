@@ -11,10 +11,12 @@ mod calendar;
 mod json;
 mod source;
 mod template;
+mod tools;
 
 pub use template::{ChatInput, ChatTemplate, Prompt, TemplateError};
 
 pub use calendar::Calendar;
+pub use tools::{ToolEvent, ToolFormat, ToolParser};
 
 /// Longest template source, in bytes. The longest published ones have about 30 kB.
 pub const TEMPLATE_BYTES_MAX: usize = 1 << 20;

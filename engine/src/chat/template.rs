@@ -114,7 +114,14 @@ impl ChatTemplate {
     ) -> Result<Prompt, TemplateError> {
         let strings = Strings::of(input);
         let guard = Guard::new(tokenizer, strings.all().chain([&*self.source]))?;
-        let text = self.render_guarded(tokenizer, input, &guard, strings.bytes)?;
+        let budget = Arc::new(Budget::new(strings.bytes));
+        let text = match self.render_guarded(tokenizer, input, &guard, &budget, Calls::AsValues) {
+            // most templates want the arguments of calls as values, a few as JSON text
+            Err(TemplateError::Render { .. }) if has_calls(input.messages) => {
+                self.render_guarded(tokenizer, input, &guard, &budget, Calls::AsText)
+            }
+            rendered => rendered,
+        }?;
         let tokens = tokenizer.encode_template(&text, &guard)?;
         Ok(Prompt { text: guard.reveal(&text), tokens })
     }
@@ -124,14 +131,14 @@ impl ChatTemplate {
         tokenizer: &Tokenizer,
         input: &ChatInput<'_>,
         guard: &Guard,
-        input_bytes: usize,
+        budget: &Arc<Budget>,
+        calls: Calls,
     ) -> Result<String, TemplateError> {
-        let context = context(tokenizer, input, guard);
+        let context = context(tokenizer, input, guard, calls);
         let template = self.env.get_template(NAME).map_err(|e| render_error(&e))?;
-        let budget = Arc::new(Budget::new(input_bytes));
         let mut out = Capped(Vec::new());
         let mut values: Vec<(String, Value)> = context;
-        values.push((BUDGET.to_owned(), Value::from_object(SharedBudget(budget))));
+        values.push((BUDGET.to_owned(), Value::from_object(SharedBudget(budget.clone()))));
         let now = input.now;
         values.push((
             "strftime_now".to_owned(),
@@ -164,13 +171,22 @@ fn environment() -> Environment<'static> {
     env.set_unknown_method_callback(method);
     env.add_filter("tojson", |value: &Value, options: Kwargs| json::tojson(value, options));
     env.add_filter("replace", replace_filter);
+    // Python iterates over a string, and not over None
+    env.add_test("iterable", |value: &Value| {
+        value.kind() == ValueKind::String || (!value.is_none() && value.try_iter().is_ok())
+    });
     env.add_function("raise_exception", raise_exception);
     env.add_function(source::CHECK, bounded);
     env
 }
 
 /// The variables of a rendering, user strings protected.
-fn context(tokenizer: &Tokenizer, input: &ChatInput<'_>, guard: &Guard) -> Vec<(String, Value)> {
+fn context(
+    tokenizer: &Tokenizer,
+    input: &ChatInput<'_>,
+    guard: &Guard,
+    calls: Calls,
+) -> Vec<(String, Value)> {
     let list = |items: &[Json]| -> Value {
         items.iter().map(|item| protected(item, guard, None)).collect::<Vec<_>>().into()
     };
@@ -180,7 +196,7 @@ fn context(tokenizer: &Tokenizer, input: &ChatInput<'_>, guard: &Guard) -> Vec<(
         Value::from(String::from_utf8_lossy(bytes).into_owned())
     };
     let messages: Vec<Value> =
-        input.messages.iter().map(|m| protected(&adapted(m), guard, None)).collect();
+        input.messages.iter().map(|m| protected(&adapted(m, calls), guard, None)).collect();
     let mut values: Vec<(String, Value)> = input
         .variables
         .iter()
@@ -195,9 +211,20 @@ fn context(tokenizer: &Tokenizer, input: &ChatInput<'_>, guard: &Guard) -> Vec<(
     values
 }
 
+/// How a template gets the arguments of calls that a message has as JSON text.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Calls {
+    AsValues,
+    AsText,
+}
+
+fn has_calls(messages: &[Json]) -> bool {
+    messages.iter().any(|m| m["tool_calls"].as_array().is_some_and(|calls| !calls.is_empty()))
+}
+
 /// A message as templates expect it: text parts joined, arguments of calls as values instead of
 /// JSON text, reasoning under the name that templates read.
-fn adapted(message: &Json) -> Json {
+fn adapted(message: &Json, arguments_as: Calls) -> Json {
     let mut message = message.clone();
     let Some(fields) = message.as_object_mut() else { return message };
     if let Some(Json::Array(parts)) = fields.get("content") {
@@ -219,7 +246,8 @@ fn adapted(message: &Json) -> Json {
     }
     for call in fields.get_mut("tool_calls").and_then(Json::as_array_mut).into_iter().flatten() {
         let arguments = &mut call["function"]["arguments"];
-        if let Some(text) = arguments.as_str()
+        if arguments_as == Calls::AsValues
+            && let Some(text) = arguments.as_str()
             && let Ok(value @ Json::Object(_)) = serde_json::from_str(text)
         {
             *arguments = value;
@@ -383,6 +411,10 @@ fn format_counted(
         budget.check(value)?;
         budget.write(value.as_str().map_or(0, str::len))
     })?;
+    if value.kind() == ValueKind::Number && !value.is_integer() {
+        let text = json::python_float(f64::try_from(value.clone()).unwrap_or(f64::NAN));
+        return out.write_str(&text).map_err(Error::from);
+    }
     minijinja::escape_formatter(out, state, value)
 }
 
@@ -508,7 +540,32 @@ const LOOKED_AT_MAX: u64 = 20_000_000;
 /// A rendering is stopped after this long; an ordinary one needs about a millisecond.
 const TIME_MAX: Duration = Duration::from_secs(5);
 
-/// ChatML, written for this project.
-const CHATML: &str = "{% for message in messages %}<|im_start|>{{ message.role }}\n\
-     {{ message.content }}<|im_end|>\n{% endfor %}\
-     {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+/// ChatML, written for this project, with tools as [`super::ToolFormat::Hermes`] reads them.
+const CHATML: &str = r#"{%- if tools %}
+{{- "<|im_start|>system\n" }}
+{%- if messages and messages[0].role == "system" %}{{ messages[0].content }}{{ "\n\n" }}{% endif %}
+{{- "You can call these functions:\n<tools>\n" }}
+{%- for tool in tools %}{{ tool | tojson }}{{ "\n" }}{% endfor %}
+{{- "</tools>\nTo call one, answer with:\n<tool_call>\n" }}
+{{- '{"name": <its name>, "arguments": <a JSON object>}' }}{{ "\n</tool_call><|im_end|>\n" }}
+{%- endif %}
+{%- for message in messages %}
+{%- if message.role == "tool" %}
+{{- "<|im_start|>user\n<tool_response>\n" }}{{ message.content }}{{ "\n</tool_response><|im_end|>\n" }}
+{%- elif not (tools and loop.first and message.role == "system") %}
+{{- "<|im_start|>" }}{{ message.role }}{{ "\n" }}{{ message.content or "" }}
+{%- for call in message.tool_calls or [] %}
+{%- if message.content or not loop.first %}{{ "\n" }}{% endif %}
+{{- '<tool_call>\n{"name": ' }}{{ call.function.name | tojson }}{{ ', "arguments": ' }}
+{%- if call.function.arguments is string %}{{ call.function.arguments }}
+{%- else %}{{ call.function.arguments | tojson }}{% endif %}
+{{- "}\n</tool_call>" }}
+{%- endfor %}
+{{- "<|im_end|>\n" }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ "<|im_start|>assistant\n" }}{% endif %}"#;
+
+#[cfg(test)]
+#[path = "template_tests.rs"]
+mod tests;

@@ -10,6 +10,7 @@ pub(super) struct Bpe {
     vocab: HashMap<Box<[u8]>, TokenId>,
     /// (left, right) to (rank, merged).
     merges: HashMap<(TokenId, TokenId), (u32, TokenId)>,
+    /// Ids of single bytes; those that UTF-8 never has may be missing, then 0.
     bytes: [TokenId; 256],
     /// A word that is a token is taken whole, whatever the merges say (Llama 3).
     whole_words: bool,
@@ -35,8 +36,12 @@ impl Bpe {
     ) -> Result<Self, BpeRefused> {
         let mut bytes = [0; 256];
         for byte in 0..=255u8 {
-            let id = vocab.get([byte].as_slice()).ok_or(BpeRefused::NoByte(byte))?;
-            bytes[byte as usize] = *id;
+            match vocab.get([byte].as_slice()) {
+                Some(&id) => bytes[byte as usize] = id,
+                // some vocabularies leave out the bytes that no text has
+                None if matches!(byte, 0xc0 | 0xc1 | 0xf5..) => {}
+                None => return Err(BpeRefused::NoByte(byte)),
+            }
         }
         let mut map = HashMap::with_capacity(merges.len());
         let mut merged = Vec::new();

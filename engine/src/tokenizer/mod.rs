@@ -169,3 +169,8 @@ impl std::fmt::Debug for Tokenizer {
 /// Highest number of ids. The largest public vocabularies have 262,144; more than this is a
 /// damaged or hostile file, which is refused before memory is taken for it.
 pub const VOCAB_MAX: usize = 1 << 21;
+
+#[cfg(test)]
+pub(crate) mod sample;
+#[cfg(test)]
+mod tests;

@@ -34,8 +34,9 @@ impl Splitter {
             }
             "gpt-2" | "gpt2" | "phi-2" | "mpt" | "olmo" | "jais" | "jina-es" | "jina-de"
             | "roberta-bpe" | "gigachat" | "mellum" => (Self::Gpt2, false),
-            "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" | "exaone"
-            | "minerva-7b" => (Self::DigitsThenGpt2, false),
+            "smollm" | "starcoder" | "refact" | "codeshell" | "exaone" | "minerva-7b" => {
+                (Self::DigitsThenGpt2, false)
+            }
             "default" => (Self::Default, false),
             _ => return None,
         })

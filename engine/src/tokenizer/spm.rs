@@ -39,6 +39,9 @@ impl Spm {
         let mut at_start = true;
         self.added.split(text, parse_special, &mut |segment| match segment {
             Segment::Token { id, special } => {
+                if self.space_prefix && at_start && !special {
+                    self.merge("▁", &mut out);
+                }
                 out.push(id);
                 at_start = special;
             }

@@ -1,0 +1,173 @@
+//! Tokenizers, chat templates and their goldens, which `make.py` makes with the reference
+//! implementations.
+
+use engine::chat::{Calendar, ChatInput, ChatTemplate, TemplateError};
+use engine::tokenizer::{Guard, Tokenizer};
+use engine::weights::{GgufTokenizer, HfTokenizer};
+use serde_json::Value;
+
+fn goldens(name: &str) -> Value {
+    let text = match name {
+        "tokenizers" => include_str!("tokenizers.json"),
+        _ => include_str!("chats.json"),
+    };
+    serde_json::from_str(text).expect("make.py writes JSON")
+}
+
+fn hf(golden: &Value) -> Tokenizer {
+    let object = |key: &str| golden[key].as_object().cloned().unwrap_or_default();
+    let files = HfTokenizer {
+        tokenizer_json: golden["json"].as_str().expect("a text").as_bytes().to_vec(),
+        tokenizer_config: object("config"),
+        special_tokens_map: object("none"),
+        eos_ids: Vec::new(),
+        bos_id: None,
+    };
+    Tokenizer::from_hf(&files).expect("a valid tokenizer.json")
+}
+
+fn gguf(golden: &Value) -> Tokenizer {
+    let parts = &golden["gguf"];
+    let texts = |key: &str| -> Vec<String> {
+        let items = parts[key].as_array().expect("an array").iter();
+        items.map(|v| v.as_str().expect("a text").to_owned()).collect()
+    };
+    let numbers = |key: &str| -> Vec<f64> {
+        parts[key].as_array().expect("an array").iter().filter_map(Value::as_f64).collect()
+    };
+    let id = |key: &str| parts[key].as_u64().map(|id| id as u32);
+    let metadata = GgufTokenizer {
+        model: parts["model"].as_str().expect("a text").to_owned(),
+        pre: parts["pre"].as_str().map(str::to_owned),
+        tokens: texts("tokens"),
+        scores: numbers("scores").into_iter().map(|s| s as f32).collect(),
+        token_types: numbers("token_types").into_iter().map(|t| t as i32).collect(),
+        merges: texts("merges"),
+        bos: id("bos"),
+        eos: id("eos"),
+        eot: None,
+        eom: None,
+        unk: id("unk"),
+        sep: None,
+        pad: None,
+        add_bos: parts["add_bos"].as_bool(),
+        add_eos: None,
+        add_space_prefix: parts["add_space_prefix"].as_bool(),
+        remove_extra_whitespaces: None,
+    };
+    Tokenizer::from_gguf(&metadata).expect("valid metadata")
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    let items = value.as_array().expect("ids").iter();
+    items.map(|id| id.as_u64().expect("an id") as u32).collect()
+}
+
+/// Every difference, so that one run shows them all.
+fn differences(name: &str, tokenizer: &Tokenizer, cases: &Value, plain_key: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut compare = |what: &str, text: &str, got: String, expect: String| {
+        if got != expect {
+            let text: String = text.chars().take(60).collect();
+            found.push(format!("{name}, {what} of {text:?}\n  got {got}\n  not {expect}"));
+        }
+    };
+    for case in cases.as_array().expect("cases") {
+        let text = case["text"].as_str().expect("a text");
+        let plain = if case[plain_key].is_null() { &case["ids"] } else { &case[plain_key] };
+        let same_text = case[plain_key].is_null();
+        let got = tokenizer.encode(text, false).expect("encodes");
+        compare("ids", text, format!("{got:?}"), format!("{:?}", ids(plain)));
+        if same_text {
+            let around = tokenizer.encode(text, true).expect("encodes");
+            compare(
+                "ids around",
+                text,
+                format!("{around:?}"),
+                format!("{:?}", ids(&case["around"])),
+            );
+            let decoded = tokenizer.decode(&ids(&case["ids"]), false);
+            let expect = case["decoded"].as_str().expect("a text");
+            compare("text", text, format!("{decoded:?}"), format!("{expect:?}"));
+        }
+        if same_text && case["special"].is_array() {
+            let guard = Guard::new(tokenizer, [text]).expect("free marks");
+            let special = tokenizer.encode_template(text, &guard).expect("encodes");
+            compare(
+                "special",
+                text,
+                format!("{special:?}"),
+                format!("{:?}", ids(&case["special"])),
+            );
+            let protected = tokenizer.encode_template(&guard.protect(text), &guard).expect("ids");
+            compare(
+                "protected",
+                text,
+                format!("{protected:?}"),
+                format!("{:?}", ids(&case["ids"])),
+            );
+        }
+    }
+    found
+}
+
+#[test]
+fn ids_equal_the_reference() {
+    let goldens = goldens("tokenizers");
+    let mut found = Vec::new();
+    for name in ["llama3", "qwen2", "gpt2", "metaspace"] {
+        let golden = &goldens[name];
+        found.extend(differences(name, &hf(golden), &golden["cases"], "none"));
+        if golden["gguf"].is_object() {
+            let name = format!("{name} from metadata");
+            found.extend(differences(&name, &gguf(golden), &golden["cases"], "gguf_ids"));
+        }
+    }
+    let golden = &goldens["spm"];
+    found.extend(differences("spm", &gguf(golden), &golden["cases"], "none"));
+    assert!(found.is_empty(), "{} differences\n{}", found.len(), found.join("\n"));
+}
+
+fn template(name: &str) -> ChatTemplate {
+    let source = match name {
+        "hermes.jinja" => include_str!("templates/hermes.jinja"),
+        "llama3.jinja" => include_str!("templates/llama3.jinja"),
+        "mistral.jinja" => include_str!("templates/mistral.jinja"),
+        "oddities.jinja" => include_str!("templates/oddities.jinja"),
+        "qwen3.jinja" => include_str!("templates/qwen3.jinja"),
+        other => panic!("no template {other}"),
+    };
+    ChatTemplate::new(source).expect("compiles")
+}
+
+#[test]
+fn prompts_equal_the_reference() {
+    let tokenizer = hf(&goldens("tokenizers")["llama3"]);
+    let mut found = Vec::new();
+    for case in goldens("chats").as_array().expect("cases") {
+        let name = case["template"].as_str().expect("a name");
+        let input = ChatInput {
+            messages: case["messages"].as_array().expect("messages"),
+            tools: case["tools"].as_array().expect("tools"),
+            documents: &[],
+            add_generation_prompt: case["add_generation_prompt"] == true,
+            variables: case["kwargs"].as_object().expect("variables"),
+            now: Calendar::from_unix_s(NOW_UNIX_S),
+        };
+        let got = template(name).render(&tokenizer, &input);
+        let same = match (&got, case["text"].as_str(), case["error"].as_str()) {
+            (Ok(prompt), Some(text), _) => prompt.text == text,
+            (Err(TemplateError::Refused(reason)), _, Some(error)) => reason == error,
+            _ => false,
+        };
+        if !same {
+            let expect = case["text"].as_str().unwrap_or_else(|| &case["error"].as_str().unwrap());
+            let got = got.map_or_else(|e| format!("error {e}"), |prompt| prompt.text);
+            found.push(format!("{name} {}\n--- got\n{got}\n--- not\n{expect}", case["number"]));
+        }
+    }
+    assert!(found.is_empty(), "{} differences\n{}", found.len(), found.join("\n"));
+}
+
+/// 2025-03-09T07:05:03Z, the moment that make.py fixes.
+const NOW_UNIX_S: i64 = 1_741_503_903;
