@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use engine::chat::ChatTemplate;
+use engine::chat::{ChatTemplate, ToolFormat};
+use engine::grammar::TokenizerEnv;
 use engine::replica::{GenerateRequest, Replica};
 use engine::tokenizer::Tokenizer;
 use protocol::RequestId;
@@ -121,8 +122,17 @@ fn start(id: &str, mut loaded: Loaded, metrics: &Metrics) -> Result<Model, Strin
     let metrics = metrics.model(id);
     let (replica, _thread) = ReplicaHandle::spawn(id, loaded.core, clock, metrics.clone())
         .map_err(|e| format!("cannot start its thread: {e}"))?;
+    // A template that knows no tools can still be held to a call by a grammar; Hermes' form needs no
+    // special tokens.
+    let detect = |template| ToolFormat::detect(template, &loaded.tokenizer);
+    let tool_format = loaded.template.as_ref().and_then(detect).unwrap_or(ToolFormat::Hermes);
+    let grammars = TokenizerEnv::new(&loaded.tokenizer)
+        .inspect_err(|error| tracing::warn!(model = id, %error, "no grammars for this model"))
+        .ok();
     Ok(Model {
         id: id.to_owned(),
+        tool_format,
+        grammars,
         tokenizer: loaded.tokenizer,
         template: loaded.template,
         vocab: loaded.vocab,
@@ -140,7 +150,8 @@ fn warm_up(core: &mut dyn Core, clock: &dyn Fn() -> protocol::Instant) -> Result
         ignore_eos: true,
         ..GenerateRequest::new(RequestId(u128::MAX), vec![0])
     };
-    core.submit(clock(), Work::Generate(request)).map_err(|e| format!("its first step: {e}"))?;
+    core.submit(clock(), Work::Generate(Box::new(request)))
+        .map_err(|e| format!("its first step: {e}"))?;
     let mut events = Vec::new();
     for _ in 0..WARM_STEPS_MAX {
         core.step(clock, &mut events);

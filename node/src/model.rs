@@ -1,6 +1,7 @@
 //! A model that can serve: its tokenizer, its template and the way to its replica.
 
-use engine::chat::ChatTemplate;
+use engine::chat::{ChatTemplate, ToolFormat};
+use engine::grammar::TokenizerEnv;
 use engine::tokenizer::Tokenizer;
 use protocol::TokenId;
 
@@ -14,6 +15,10 @@ pub struct Model {
     pub tokenizer: Tokenizer,
     /// `None` for models that have none: they serve no chat.
     pub template: Option<ChatTemplate>,
+    /// How the model writes calls of tools.
+    pub tool_format: ToolFormat,
+    /// Compiles grammars; `None` for a vocabulary in which no text can end.
+    pub grammars: Option<TokenizerEnv>,
     /// Width of the logits.
     pub vocab: usize,
     /// Width of an embedding.

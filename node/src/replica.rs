@@ -35,7 +35,7 @@ pub trait Core: Send + 'static {
 /// A request to a replica.
 #[derive(Clone, Debug)]
 pub enum Work {
-    Generate(GenerateRequest),
+    Generate(Box<GenerateRequest>),
     Embed(EmbedRequest),
     Score(ScoreRequest),
 }
@@ -80,7 +80,7 @@ pub struct Stats {
 impl Core for Replica {
     fn submit(&mut self, now: Instant, work: Work) -> Result<(), RequestError> {
         match work {
-            Work::Generate(request) => self.generate(now, request),
+            Work::Generate(request) => self.generate(now, *request),
             Work::Embed(request) => self.embed(now, request),
             Work::Score(request) => self.score(now, request),
         }
@@ -150,21 +150,20 @@ impl ReplicaHandle {
         let (inbox, commands) = sync_channel(INBOX_MAX);
         let model = name.to_owned();
         let running = Arc::new(AtomicBool::new(true));
-        let alive = running.clone();
+        let alive = Alive(running.clone());
         let thread =
             std::thread::Builder::new().name(format!("replica {name}")).spawn(move || {
                 let shell =
                     Shell { core, clock, metrics, requests: BTreeMap::new(), preemptions: 0 };
                 // A panic ends this replica only: its clients get an error, and the model is reported
                 // as unavailable. Nothing of the broken state is used again.
-                let run = AssertUnwindSafe(|| shell.run(commands));
+                let run = AssertUnwindSafe(|| shell.run(commands, alive));
                 if std::panic::catch_unwind(run).is_err() {
                     tracing::error!(
                         model,
                         "the replica has panicked and is stopped: restart the node"
                     );
                 }
-                alive.store(false, Ordering::Release);
             })?;
         Ok((ReplicaHandle { inbox, running }, thread))
     }
@@ -191,6 +190,15 @@ impl ReplicaHandle {
     }
 }
 
+/// Says at its end that the replica does not run any more.
+struct Alive(Arc<AtomicBool>);
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
+}
+
 struct Shell<K> {
     core: Box<dyn Core>,
     clock: K,
@@ -207,7 +215,9 @@ struct Open {
 }
 
 impl<K: Fn() -> Instant> Shell<K> {
-    fn run(mut self, inbox: Receiver<Submission>) {
+    fn run(mut self, inbox: Receiver<Submission>, alive: Alive) {
+        // Goes before the inbox and the streams do: nobody sees them closed and the replica alive.
+        let _alive = alive;
         let mut events = Vec::new();
         let mut stalled = false;
         loop {

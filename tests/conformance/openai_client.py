@@ -307,14 +307,14 @@ def json_schema(c):
     }
     fmt = {"type": "json_schema", "json_schema": {"name": "thing", "schema": schema, "strict": True}}
     for temperature in (0, 1.0):
-        r = c.chat(content="A thing.", response_format=fmt, max_tokens=120, temperature=temperature)
+        r = c.chat(content="A thing.", response_format=fmt, max_tokens=600, temperature=temperature)
         assert r.choices[0].finish_reason == "stop", r.choices[0]
         value = json.loads(r.choices[0].message.content)
         assert set(value) == {"colour", "count", "ok"}, value
         assert value["colour"] in ("red", "green", "blue") and isinstance(value["ok"], bool)
         assert 0 <= value["count"] <= 99
     text = "".join(k.choices[0].delta.content or "" for k in
-                   c.chat(content="A thing.", response_format=fmt, max_tokens=120, stream=True))
+                   c.chat(content="A thing.", response_format=fmt, max_tokens=600, stream=True))
     json.loads(text)
 
 

@@ -10,6 +10,7 @@ use axum::extract::State;
 use axum::http::Request;
 use axum::response::{IntoResponse, Response};
 use engine::chat::{Calendar, ChatInput, TemplateError};
+use engine::grammar::GrammarSpec;
 use engine::replica::{FinishReason, GenerateRequest, PRIORITY_DEFAULT};
 use engine::sampler::SampledToken;
 use protocol::TokenId;
@@ -24,7 +25,7 @@ use super::error::Failure;
 use super::generation::{Generation, Update};
 use super::guard::Caller;
 use super::sse::{self, Chunks, Frames};
-use super::{App, body, params, unix_now};
+use super::{App, body, params, tools, unix_now};
 use crate::model::Model;
 use crate::replica::Work;
 
@@ -57,14 +58,18 @@ pub(crate) async fn chat(
     let prompt_tokens = prompt.len() as u64;
     let choices = request.n.unwrap_or(1) as usize;
     let max_tokens = request.max_completion_tokens.or(request.max_tokens);
-    let grammar = match params::grammar(request.grammar.as_ref()) {
-        None => {
-            let spec = params::response_format(request.response_format.as_ref());
-            params::compile(spec, "response_format")?
+    let tools = tools::Offer::new(&request, &model)?;
+    let (spec, param) = match &tools {
+        Some(tools::Offer { must_call: Some(calls), .. }) => {
+            (Some(GrammarSpec::ToolCalls(calls.clone())), "tools")
         }
-        spec => params::compile(spec, "grammar")?,
+        _ => match params::grammar(request.grammar.as_ref()) {
+            None => (params::response_format(request.response_format.as_ref()), "response_format"),
+            spec => (spec, "grammar"),
+        },
     };
-    let work = Work::Generate(GenerateRequest {
+    let grammar = params::compile(&model, spec, param).await?;
+    let work = GenerateRequest {
         tenant: caller.tenant.clone(),
         choices,
         sampling,
@@ -72,15 +77,16 @@ pub(crate) async fn chat(
         max_tokens: max_tokens.map(|n| n as usize),
         stop: request.stop.clone().map(Stop::into_vec).unwrap_or_default(),
         grammar,
+        visible_specials: tools.as_ref().map(|t| t.visible_specials(&model)).unwrap_or_default(),
         priority: request.priority.unwrap_or(PRIORITY_DEFAULT),
         ..GenerateRequest::new(caller.log.id, prompt)
-    });
-    let writer = Writer::new(&request, &caller, model.clone(), choices);
+    };
+    let writer = Writer::new(&request, &caller, model.clone(), tools.as_ref());
     let generation = Generation::start(
         model,
         caller.log.clone(),
         app.cancel.clone(),
-        vec![work],
+        vec![Work::Generate(Box::new(work))],
         prompt_tokens,
         choices,
     )
@@ -103,7 +109,7 @@ async fn prompt(model: Arc<Model>, request: Arc<ChatRequest>) -> Result<Vec<Toke
             return Err(ApiError::new(ErrorCode::UnsupportedParameter, message).at("messages"));
         };
         let messages: Vec<Value> = request.messages.iter().map(as_template_message).collect();
-        let tools: Vec<Value> = match offers_tools(&request) {
+        let tools: Vec<Value> = match tools::are_offered(&request) {
             true => request.tools.iter().flatten().filter_map(to_value).collect(),
             false => Vec::new(),
         };
@@ -146,13 +152,6 @@ fn template_error(error: TemplateError) -> ApiError {
     ApiError::new(code, error.to_string()).at("messages")
 }
 
-/// Whether the model hears of the tools.
-fn offers_tools(request: &ChatRequest) -> bool {
-    let none = api::ToolChoice::Mode(api::ToolChoiceMode::None);
-    request.tools.as_ref().is_some_and(|tools| !tools.is_empty())
-        && request.tool_choice.as_ref() != Some(&none)
-}
-
 /// Makes answers and chunks.
 struct Writer {
     id: String,
@@ -164,26 +163,36 @@ struct Writer {
 }
 
 /// What a choice still holds back.
-#[derive(Default)]
 struct Choice {
     logprobs: Vec<TokenLogprob>,
+    /// Where tools are on offer.
+    calls: Option<tools::Calls>,
 }
 
 impl Writer {
-    fn new(request: &ChatRequest, caller: &Caller, model: Arc<Model>, choices: usize) -> Writer {
+    fn new(
+        request: &ChatRequest,
+        caller: &Caller,
+        model: Arc<Model>,
+        tools: Option<&tools::Offer>,
+    ) -> Writer {
+        let choice = |i: u32| Choice {
+            logprobs: Vec::new(),
+            calls: tools.map(|tools| tools.calls(&model, caller.log.id, i)),
+        };
         Writer {
             id: format!("chatcmpl-{:032x}", caller.log.id.0),
             created: unix_now(),
-            model,
             logprobs: request.logprobs == Some(true),
             include_usage: request.stream_options.and_then(|o| o.include_usage) == Some(true),
-            choices: (0..choices).map(|_| Choice::default()).collect(),
+            choices: (0..request.n.unwrap_or(1)).map(choice).collect(),
+            model,
         }
     }
 
-    /// What an update adds to its choice.
-    fn pieces(&mut self, update: Update) -> Option<ChatChunkChoice> {
-        let (index, text, finish_reason) = match update {
+    /// What an update adds to its choice; `None` where nothing can be shown yet.
+    fn piece(&mut self, update: Update) -> Option<ChatChunkChoice> {
+        let (index, text, reason) = match update {
             Update::Token { choice, sampled, text } => {
                 if self.logprobs {
                     let logprob = token_logprob(&self.model, &sampled);
@@ -191,20 +200,26 @@ impl Writer {
                 }
                 (choice, text, None)
             }
-            Update::Finished { choice, reason, text } => (choice, text, Some(finish(reason))),
+            Update::Finished { choice, reason, text } => (choice, text, Some(reason)),
             Update::Failed(_) => return None,
         };
-        if text.is_empty() && finish_reason.is_none() {
+        let choice = &mut self.choices[index];
+        let mut delta = match &mut choice.calls {
+            Some(calls) => calls.push(&text, reason.is_some()),
+            None => Delta { content: Some(text), ..Delta::default() },
+        };
+        delta.content = delta.content.filter(|text| !text.is_empty());
+        if delta == Delta::default() && reason.is_none() {
             return None;
         }
-        let choice = &mut self.choices[index];
+        let called = choice.calls.as_ref().is_some_and(tools::Calls::any);
         let logprobs = std::mem::take(&mut choice.logprobs);
-        let shown = self.logprobs && !(logprobs.is_empty() && finish_reason.is_some());
+        let shown = self.logprobs && !(logprobs.is_empty() && reason.is_some());
         Some(ChatChunkChoice {
             index: index as u32,
-            delta: Delta { content: (!text.is_empty()).then_some(text), ..Delta::default() },
+            delta,
             logprobs: shown.then_some(ChatLogprobs { content: logprobs, refusal: None }),
-            finish_reason,
+            finish_reason: reason.map(|reason| finish(reason, called)),
         })
     }
 
@@ -227,7 +242,7 @@ impl Writer {
             if let Update::Failed(error) = update {
                 return Err(error);
             }
-            if let Some(piece) = self.pieces(update) {
+            if let Some(piece) = self.piece(update) {
                 append(&mut choices[piece.index as usize], piece);
             }
         }
@@ -264,7 +279,7 @@ impl Chunks for Writer {
     }
 
     fn update(&mut self, update: Update, out: &mut Frames) {
-        if let Some(piece) = self.pieces(update) {
+        if let Some(piece) = self.piece(update) {
             out.push(&self.chunk(vec![piece], None));
         }
     }
@@ -318,8 +333,9 @@ fn append_call(calls: &mut Vec<ToolCall>, delta: ToolCallDelta) {
     }
 }
 
-fn finish(reason: FinishReason) -> api::FinishReason {
+fn finish(reason: FinishReason, called: bool) -> api::FinishReason {
     match reason {
+        FinishReason::Stop if called => api::FinishReason::ToolCalls,
         FinishReason::Stop => api::FinishReason::Stop,
         FinishReason::Length => api::FinishReason::Length,
     }

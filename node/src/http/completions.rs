@@ -1,5 +1,6 @@
 //! `POST /v1/completions`: text that goes on.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use axum::Extension;
@@ -14,7 +15,6 @@ use protocol::api::{
     self, ApiError, Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, ErrorBody,
     ErrorCode, Stop, Usage,
 };
-use serde_json::{Map, Value};
 
 use super::error::Failure;
 use super::generation::{Generation, Update, request_error, submit_error};
@@ -76,9 +76,12 @@ pub(crate) async fn completions(
     }
     let prompt_tokens = prompts.iter().map(Vec::len).sum::<usize>() as u64;
     let stop = request.stop.clone().map(Stop::into_vec).unwrap_or_default();
-    let grammar = params::compile(params::grammar(request.grammar.as_ref()), "grammar")?;
+    let grammar = {
+        let spec = params::grammar(request.grammar.as_ref());
+        params::compile(&model, spec, "grammar").await?
+    };
     let parts = prompts.into_iter().enumerate().map(|(i, prompt)| {
-        Work::Generate(GenerateRequest {
+        Work::Generate(Box::new(GenerateRequest {
             tenant: caller.tenant.clone(),
             choices,
             sampling: sampling.clone(),
@@ -89,7 +92,7 @@ pub(crate) async fn completions(
             ignore_eos: request.ignore_eos == Some(true),
             priority: request.priority.unwrap_or(PRIORITY_DEFAULT),
             ..GenerateRequest::new(ids::part(caller.log.id, i), prompt)
-        })
+        }))
     });
     let generation = Generation::start(
         model,
@@ -314,10 +317,11 @@ fn push_column(
     columns.tokens.push(text);
     columns.token_logprobs.push(score.map(|s| params::finite(s.logprob)));
     columns.top_logprobs.push(score.map(|s| {
-        let entry = |&(token, logprob): &(TokenId, f32)| {
-            (model.token_text(token), params::finite(logprob).into())
-        };
-        s.top.iter().map(entry).collect::<Map<String, Value>>()
+        let mut best = BTreeMap::new();
+        for &(token, logprob) in &s.top {
+            best.entry(model.token_text(token)).or_insert(params::finite(logprob));
+        }
+        best
     }));
 }
 

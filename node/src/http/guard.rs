@@ -37,11 +37,8 @@ pub(crate) async fn guard(
         trace.and_then(TraceParent::parse),
         &app,
     );
-    let admitted = app
-        .check_host
-        .then(|| check_host(headers, request.uri()))
-        .unwrap_or(Ok(()))
-        .and_then(|()| authenticate(&app, request.uri().path(), headers, &log));
+    let host = if app.check_host { check_host(headers, request.uri()) } else { Ok(()) };
+    let admitted = host.and_then(|()| authenticate(&app, request.uri().path(), headers, &log));
     let mut response = match admitted {
         Ok(tenant) => {
             request.extensions_mut().insert(Caller { tenant, log: log.clone() });

@@ -16,6 +16,7 @@ pub mod openapi;
 mod params;
 mod sse;
 mod system;
+mod tools;
 
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};

@@ -10,6 +10,8 @@ use protocol::api::{
     ResponseFormatType,
 };
 
+use crate::model::Model;
+
 pub(crate) fn chat_sampling(request: &ChatRequest) -> SamplingParams {
     let logprobs = request.logprobs == Some(true);
     SamplingParams {
@@ -46,16 +48,27 @@ pub(crate) fn check(sampling: &SamplingParams, vocab: usize) -> Result<(), ApiEr
         .map_err(|error| ApiError::new(ErrorCode::InvalidValue, error.to_string()).at(error.field))
 }
 
-/// Compiles what an answer must be; `param` is the field that asked for it.
-pub(crate) fn compile(
+/// Compiles what an answer must be, off the async threads; `param` is the field that asked for it.
+pub(crate) async fn compile(
+    model: &Model,
     spec: Option<GrammarSpec>,
     param: &'static str,
 ) -> Result<Option<CompiledGrammar>, ApiError> {
-    match spec {
-        None => Ok(None),
-        Some(_) => {
-            let message = format!("{param}: this build cannot constrain answers");
-            Err(ApiError::new(ErrorCode::UnsupportedParameter, message).at(param))
+    let Some(spec) = spec else { return Ok(None) };
+    let Some(env) = model.grammars.clone() else {
+        let message = format!("{param}: model {} has no token that ends a text", model.id);
+        return Err(ApiError::new(ErrorCode::UnsupportedParameter, message).at(param));
+    };
+    let compiled = tokio::task::spawn_blocking(move || CompiledGrammar::compile(&env, &spec));
+    match compiled.await {
+        Ok(Ok(grammar)) => Ok(Some(grammar)),
+        Ok(Err(error)) => {
+            let message = format!("{param}: {error}");
+            Err(ApiError::new(ErrorCode::InvalidGrammar, message).at(param))
+        }
+        Err(_) => {
+            let message = format!("{param}: its compilation failed");
+            Err(ApiError::new(ErrorCode::InternalError, message).at(param))
         }
     }
 }

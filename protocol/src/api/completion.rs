@@ -148,8 +148,9 @@ pub struct CompletionLogprobs {
     pub tokens: Vec<String>,
     /// `null` for the first token of an echoed prompt, which nothing precedes.
     pub token_logprobs: Vec<Option<f32>>,
+    /// The best tokens, by their text. Of tokens with the same text the best one is shown.
     #[schema(value_type = Vec<Option<Object>>)]
-    pub top_logprobs: Vec<Option<serde_json::Map<String, serde_json::Value>>>,
+    pub top_logprobs: Vec<Option<BTreeMap<String, f32>>>,
     /// Where each token begins in the choice's text, in characters.
     pub text_offset: Vec<u32>,
 }

@@ -1,12 +1,10 @@
 //! The HTTP server over a scripted replica: requests good and bad, streams, keys, draining.
 
-mod common;
-
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use common::*;
+use crate::common::*;
 use node::{ApiKeys, HttpLimits, ModelOptions, NodeOptions, ServeError};
 use serde_json::{Value, json};
 
@@ -100,6 +98,21 @@ async fn bad_requests_are_refused_by_name() {
             "logit_bias",
         ),
         ("chat/completions", chat(json!({"model": "nope"})), 404, "model_not_found", "model"),
+        (
+            "chat/completions",
+            chat(json!({"grammar": {"type": "regex", "value": "(["}})),
+            400,
+            "invalid_grammar",
+            "grammar",
+        ),
+        (
+            "chat/completions",
+            chat(json!({"tools": [{"type": "function", "function": {"name": "f"}}],
+         "tool_choice": "required", "response_format": {"type": "json_object"}})),
+            400,
+            "invalid_value",
+            "tool_choice",
+        ),
         ("chat/completions", json!({"model": "m"}), 400, "missing_required_parameter", "messages"),
         (
             "chat/completions",
@@ -243,6 +256,59 @@ async fn logprobs_travel_with_their_text() {
     assert_eq!(columns["token_logprobs"], json!([null, -0.5, -0.5, -0.5, -0.5]));
     assert_eq!(columns["top_logprobs"][0], Value::Null);
     assert_eq!(columns["text_offset"].as_array().unwrap().len(), 5);
+}
+
+#[tokio::test]
+async fn calls_are_read_from_the_text() {
+    let control = Arc::<Control>::default();
+    let two = "Let me see.\n<tool_call>\n{\"name\": \"f\", \"arguments\": {\"x\": 1}}\n</tool_call>\n\
+               <tool_call>\n{\"name\": \"g\", \"arguments\": {}}\n</tool_call>";
+    *control.once.lock().unwrap() = Some(two);
+    let node = start(options(&control)).await;
+    let tool = |name| json!({"type": "function", "function": {"name": name}});
+    let extra = json!({"tools": [tool("f"), tool("g")], "max_tokens": 500});
+    let calls = |body: &Value| -> Vec<(String, String)> {
+        let calls = body["choices"][0]["message"]["tool_calls"].as_array().unwrap();
+        let text = |v: &Value| v.as_str().unwrap().to_owned();
+        let call = |c: &Value| (text(&c["function"]["name"]), text(&c["function"]["arguments"]));
+        calls.iter().map(call).collect()
+    };
+    let body = post(&node, "/v1/chat/completions", &chat(extra.clone())).await.json();
+    assert_eq!(body["choices"][0]["finish_reason"], "tool_calls", "{body}");
+    assert_eq!(body["choices"][0]["message"]["content"], "Let me see.");
+    let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
+    assert_eq!(calls(&body), [pair("f", "{\"x\": 1}"), pair("g", "{}")]);
+
+    let one = merged(extra.clone(), json!({"parallel_tool_calls": false}));
+    let body = post(&node, "/v1/chat/completions", &chat(one)).await.json();
+    assert_eq!(calls(&body), [pair("f", "{\"x\": 1}")]);
+
+    // a stream says the same in pieces
+    let streamed = merged(extra.clone(), json!({"stream": true}));
+    let answer = post(&node, "/v1/chat/completions", &chat(streamed)).await;
+    let (mut names, mut arguments) = (Vec::new(), vec![String::new(), String::new()]);
+    for (_, _, data) in answer.events().iter().filter(|(_, _, data)| data != "[DONE]") {
+        let chunk: Value = serde_json::from_str(data).unwrap();
+        let deltas = chunk["choices"][0]["delta"]["tool_calls"].as_array();
+        for delta in deltas.into_iter().flatten() {
+            if let Some(name) = delta["function"]["name"].as_str() {
+                assert!(delta["id"].is_string() && delta["type"] == "function", "{delta}");
+                names.push(name.to_owned());
+            }
+            let index = delta["index"].as_u64().unwrap() as usize;
+            arguments[index] += delta["function"]["arguments"].as_str().unwrap_or_default();
+        }
+    }
+    assert_eq!(
+        (names, arguments),
+        (vec!["f".into(), "g".into()], vec!["{\"x\": 1}".into(), "{}".into()])
+    );
+
+    // without tools on offer it is text
+    let none = merged(extra, json!({"tool_choice": "none"}));
+    let body = post(&node, "/v1/chat/completions", &chat(none)).await.json();
+    assert_eq!(body["choices"][0]["message"]["content"], two);
+    assert_eq!(body["choices"][0]["finish_reason"], "stop");
 }
 
 #[tokio::test]

@@ -29,6 +29,8 @@ pub const FULL: &str = "<<full>>";
 pub struct Control {
     /// While set, each choice stops after its second token.
     pub hold: AtomicBool,
+    /// Said once instead of [`TEXT`], until its end.
+    pub once: Mutex<Option<&'static str>>,
 }
 
 /// A replica without a model: it answers every prompt with [`TEXT`].
@@ -38,7 +40,7 @@ pub struct Script {
 }
 
 enum Job {
-    Generate { request: GenerateRequest, said: usize },
+    Generate { request: Box<GenerateRequest>, said: usize },
     Embed(Vec<TokenId>),
     Score(Vec<TokenId>),
 }
@@ -96,7 +98,8 @@ impl Core for Script {
                     if hold && *said >= 2 {
                         continue;
                     }
-                    let ended = say(id, request, *said, events);
+                    let once = *self.control.once.lock().expect("not poisoned");
+                    let ended = say(id, request, once, *said, events);
                     *said += 1;
                     tokens += request.choices;
                     if ended {
@@ -138,9 +141,18 @@ impl Core for Script {
 }
 
 /// One token for each choice; true when the request is complete.
-fn say(id: RequestId, request: &GenerateRequest, said: usize, events: &mut Events) -> bool {
-    let byte = TEXT.as_bytes()[said % TEXT.len()];
-    let last = request.max_tokens.is_some_and(|max| said + 1 >= max);
+fn say(
+    id: RequestId,
+    request: &GenerateRequest,
+    once: Option<&str>,
+    said: usize,
+    events: &mut Events,
+) -> bool {
+    let text = once.unwrap_or(TEXT);
+    let byte = text.as_bytes()[said % text.len()];
+    let complete = once.is_some() && said + 1 == text.len();
+    let last = complete || request.max_tokens.is_some_and(|max| said + 1 >= max);
+    let reason = if complete { FinishReason::Stop } else { FinishReason::Length };
     for choice in 0..request.choices {
         if said == 0 {
             events.push((id, Event::Started { choice, cached_tokens: 1 }));
@@ -149,7 +161,7 @@ fn say(id: RequestId, request: &GenerateRequest, said: usize, events: &mut Event
         let sampled = sampled(SPECIALS + TokenId::from(byte));
         events.push((id, Event::Token { choice, index: said as u64, sampled, text }));
         if last {
-            let (reason, text) = (FinishReason::Length, String::new());
+            let text = String::new();
             events.push((id, Event::Finished { choice, reason, text, generated: said + 1 }));
         }
     }
