@@ -161,7 +161,8 @@ fn prompts_equal_the_reference() {
             _ => false,
         };
         if !same {
-            let expect = case["text"].as_str().unwrap_or_else(|| &case["error"].as_str().unwrap());
+            let expect =
+                case["text"].as_str().unwrap_or_else(|| case["error"].as_str().expect("a reason"));
             let got = got.map_or_else(|e| format!("error {e}"), |prompt| prompt.text);
             found.push(format!("{name} {}\n--- got\n{got}\n--- not\n{expect}", case["number"]));
         }
