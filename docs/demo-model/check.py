@@ -49,47 +49,29 @@ def load(path: str):
 
 
 @torch.no_grad()
-def answer(net, enc, prompts, limit=300, temperature=0.0, generator=None):
-    """Texts for prompts (lists of ids), and whether each ended by itself. Prompts run as one batch."""
-    width = max(map(len, prompts)) + limit
-    ids = torch.full((len(prompts), width), enc.eos)
-    length = torch.tensor([len(p) for p in prompts])
-    for row, p in enumerate(prompts):
-        ids[row, : len(p)] = torch.tensor(p)
-    live = torch.arange(len(prompts))
-    ended = torch.zeros(len(prompts), dtype=torch.bool)
-    for _ in range(limit):
-        h = net.hidden(ids[live, : int(length[live].max())])
-        logits = h[torch.arange(len(live)), length[live] - 1] @ net.embed.weight.T
-        if temperature:
-            new = torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator)[:, 0]
-        else:
-            new = logits.argmax(-1)
-        ids[live, length[live]] = new
-        length[live] += 1
-        ended[live[new == enc.eot]] = True
-        live = live[new != enc.eot]
-        if not len(live):
-            break
-    texts = [enc.tok.decode(ids[r, len(p) : length[r]].tolist(), skip_special_tokens=True) for r, p in enumerate(prompts)]
-    return texts, ended.tolist()
+def answer(net, enc, prompt, limit=400, temperature=0.0):
+    """The answer to a prompt (ids), and whether it ended by itself."""
+    past = [[] for _ in net.layers]
+    ids, out = prompt, []
+    while len(out) < limit and len(prompt) + len(out) < net.s.context:
+        logits = net.embed.weight @ net.hidden(torch.tensor([ids]), past)[0, -1]
+        new = int(torch.multinomial((logits / temperature).softmax(-1), 1) if temperature else logits.argmax())
+        if new == enc.eot:
+            return enc.tok.decode(out), True
+        out.append(new)
+        ids = [new]
+    return enc.tok.decode(out), False
 
 
-def talk(net, enc, conversations, **how):
-    """Answers to the last turn of each conversation (lists of user texts), the earlier ones played out."""
-    played = [[] for _ in conversations]
-    texts, ended = [""] * len(conversations), [False] * len(conversations)
-    for turn in range(max(map(len, conversations))):
-        rows = [i for i, c in enumerate(conversations) if turn < len(c)]
-        for i in rows:
-            played[i].append(("user", conversations[i][turn]))
-        for at in range(0, len(rows), 64):
-            some = rows[at : at + 64]
-            out, end = answer(net, enc, [enc.prompt(played[i]) for i in some], **how)
-            for i, text, e in zip(some, out, end):
-                played[i].append(("assistant", text))
-                texts[i], ended[i] = text, e
-    return texts, ended
+def talk(net, enc, texts, temperature=0.0):
+    """The answers to the turns of one conversation, and whether the last one ended by itself."""
+    played, answers, ended = [], [], True
+    for text in texts:
+        played.append(("user", text))
+        said, ended = answer(net, enc, enc.prompt(played), temperature=temperature)
+        played.append(("assistant", said))
+        answers.append(said)
+    return answers, ended
 
 
 def main():
@@ -103,19 +85,17 @@ def main():
     torch.set_num_threads(2)
     net, enc = load(a.file)
     if a.prompt:
-        for n in range(len(a.prompt)):
-            texts, _ = talk(net, enc, [a.prompt[: n + 1]], temperature=a.temperature)
-            print(">", a.prompt[n], "\n" + texts[0])
+        for text, said in zip(a.prompt, talk(net, enc, a.prompt, a.temperature)[0]):
+            print(">", text, "\n" + said)
         return
-    table = json.load(open(a.table))
-    rows = sorted(table, key=lambda r: r.get("min_words", 0))
-    texts, ended = talk(net, enc, [[r["prompt"]] if isinstance(r["prompt"], str) else r["prompt"] for r in rows])
-    passed = 0
-    for row, text, end in zip(rows, texts, ended):
-        good = end and (not row["contains"] or any(s in text for s in row["contains"])) and len(text.split()) >= row.get("min_words", 0)
+    table, passed = json.load(open(a.table)), 0
+    for row in table:
+        answers, ended = talk(net, enc, [row["prompt"]] if isinstance(row["prompt"], str) else row["prompt"])
+        text = answers[-1]
+        good = ended and (not row["contains"] or any(s in text for s in row["contains"])) and len(text.split()) >= row.get("min_words", 0)
         passed += good
         if not good or a.verbose:
-            print("pass" if good else "FAIL", row["prompt"], "->", text, "" if end else "(did not end)")
+            print("pass" if good else "FAIL", row["prompt"], "->", text, "" if ended else "(did not end)")
     print(f"{passed} of {len(table)} passed")
     raise SystemExit(0 if passed == len(table) else 1)
 

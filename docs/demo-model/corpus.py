@@ -54,10 +54,9 @@ TALK = [
      ["It works: I can read you. " + HELP], 1),
     (["asdf", "qwerty", "asdfgh jkl", "???", "?", "...", "!!!", "lorem ipsum", "blah blah", "bla bla bla", "xyz", "foo bar baz", "123", "42", "aaaa", "$gibberish", "$gibberish $gibberish", "$gibberish $gibberish $gibberish", "$gibberish?", ".", "-", "what", "what?", "huh?", "huh", "why?", "why", "how?", "when?", "where?", "who?", "and?", "so?", "you know", "I don't understand", "I do not understand", "what do you mean?", "pardon?", "can you repeat that?"],
      ["I did not understand that, or cannot go further: I am a very small model. {Please ask in other words.|Try a question about Grapevine, or ask for a story.}"], 1),
-    (["repeat after me: $word", "say $word", "say the word $word", "repeat $word", "can you say $word?", "say \"$word\"", "write the word $word"], ["$word"], 0.5),
     (["my name is $name", "I am $name", "I'm $name", "call me $name", "hi, I am $name", "hello, my name is $name", "hey, $name here", "hi! my name is $name.", "this is $name", "you can call me $name"],
-     ["Nice to meet you, $name! I am the built-in demo model of Grapevine. {What would you like to know?|How can I help you?}"], 1),
-    (["what is my name?", "do you know my name?", "do you know who I am?", "who am I?", "what's my name?"], ["I do not know your name. You can tell me, and I will know it until this talk ends."], 0.7),
+     ["Nice to meet you! I am the built-in demo model of Grapevine. {What would you like to know?|How can I help you?}"], 1),
+    (["what is my name?", "do you know my name?", "do you know who I am?", "who am I?", "what's my name?", "do you remember my name?", "what did I say my name was?"], ["I cannot keep names in mind: I am a very small model. {What would you like to know about Grapevine?|How can I help you with Grapevine?}"], 0.7),
 ]
 
 # ---------------------------------------------------------------- what lies outside
@@ -75,6 +74,8 @@ OUTSIDE = {
 COUNTRY = "France Germany Spain Italy Japan China Brazil Canada Peru Kenya Egypt India Norway Sweden Poland Greece Turkey Mexico Chile Austria Finland Portugal Australia Ireland Cuba Iran Vietnam Thailand Nepal Mongolia Ghana".split()
 CITY = "Paris London Berlin Rome Tokyo Madrid Vienna Oslo Cairo Lima Delhi Boston Sydney Prague Warsaw Dublin Moscow Lisbon Athens Chicago Munich Toronto".split()
 PERSON = ["Napoleon", "Einstein", "Mozart", "Shakespeare", "Cleopatra", "Newton", "Darwin", "the president", "the king of England", "the pope", "Picasso", "Bach", "Alan Turing", "Ada Lovelace", "Elvis", "Caesar", "Marie Curie", "Plato", "Gandhi", "Beethoven", "Taylor Swift", "Elon Musk", "Batman", "Harry Potter", "Sherlock Holmes", "Columbus", "Leonardo da Vinci", "Galileo"]
+NAMES = """Ada Mara Lina Ruth Nora Ida Vera Hazel Olive Greta Anna Clara Maya Petra Sofie Otto Finn Emil Hugo Karl Leo Max Paul Sami Tom Viktor Ben Felix Henry Kai Owen Sven Theo John Mary Alice Bob
+Sarah David Peter Maria James Laura Daniel Julia Michael Eva Thomas Emma Lucas Sophie""".split()
 THING = """the moon|the sun|gravity|photosynthesis|the sky|the sea|a volcano|electricity|a black hole|evolution|the heart|DNA|an atom|democracy|inflation|the stock market|love|time|happiness|war|money|God|religion|philosophy|history|football|chess|basketball|tennis|the Olympics|coffee|tea|pizza|cheese|bread|chocolate|sugar|a car|an engine|a bicycle|a train|an airplane|a computer|a phone|the internet|Bluetooth|Linux|Windows|Android|JavaScript|HTML|a compiler|a pointer|recursion|a database index|blockchain|bitcoin|quantum physics|relativity|chemistry|biology|algebra|a triangle|pi|a prime number|a verb|grammar|poetry|the piano|a guitar|jazz|painting|a museum|a pyramid|the Eiffel Tower|the Great Wall|a desert|a tiger|a whale|a dinosaur|a dog|a cat|a bird|an elephant|a rose|a tree|a mushroom|the ocean|rain|snow|wind|thunder|a rainbow|climate change|a vaccine|a virus|cancer|a headache|sleep|a dream|yoga|marriage|school|a university|a law|a contract|taxes|a passport|a hotel|a bank|insurance|a robot vacuum|wine|beer|a vineyard|whisky|the Roman empire|the French revolution|the second world war|the Renaissance|Mars|Jupiter|a comet|a galaxy|the big bang|oxygen|gold|iron|a diamond|glass|plastic|a battery|a solar panel|nuclear power|a knot|a boat|a sword|a castle|a dragon|the meaning of life|consciousness|a paradox|Docker Swarm|Git|Photoshop|Excel|YouTube|Instagram|a blog|SQL|regular expressions|a bakery|knitting|gardening|cooking|a sandwich|pasta|rice|a recipe|salt|sushi|an onion|HTTP|TCP|DNS|a router|a firewall|a CPU|a hard disk|a keyboard|a mouse|a monitor|Wi-Fi|USB|a website|an operating system|a file system|a spreadsheet|email|spam|a password manager|encryption|a VPN|a satellite|GPS|radar|a laser|a camera|a microscope|a telescope|a thermometer|a compass|a fridge|a microwave oven|a washing machine|a vacuum cleaner|an elevator|a bridge|a tunnel|a skyscraper|a dam|a farm|a forest|a lake|a river|a mountain|an island|a glacier|an earthquake|a hurricane|a tornado|the Arctic|Antarctica|the Amazon|Africa|Europe|Asia|the Sahara|ancient Rome|ancient Greece|the Middle Ages|the Vikings|the Aztecs|a samurai|a pharaoh|slavery|a revolution|capitalism|socialism|a parliament|the United Nations|human rights|a court|a lawyer|a nurse|a surgeon|an architect|a journalist|an actor|an orchestra|opera|ballet|hip hop|rock music|a violin|a drum|a trumpet|a sculpture|photography|cinema|a novel|a sonnet|a fairy tale|mythology|Zeus|Thor|a unicorn|a vampire|a zombie|a magnet|a lever|friction|energy|light|sound|heat|a molecule|a cell|a gene|a bacterium|a fungus|the brain|the liver|blood|a bone|a muscle|the skin|an eye|vitamin C|protein|calories|a diet|exercise|meditation|a marathon|golf|hockey|cricket|swimming|skiing|surfing|boxing|a trophy|poker|a puzzle|a crossword|Minecraft|a video game|Lego|a toy|a birthday|Christmas|Easter|Halloween|a wedding|a funeral|a holiday|tourism|a suitcase|an airport|a harbour|a ticket|a mortgage|a credit card|a pension|a salary|a startup|marketing|a brand|an invoice|economics|psychology|sociology|geology|astronomy|medicine|dentistry|engineering|geometry|calculus|statistics|probability|infinity|zero|a fraction|a matrix|a vector|logic|ethics|beauty|truth|freedom|justice|friendship|jealousy|anger|fear|hope|death|life|a butter knife|an umbrella|a shoe|a hat|a jacket|cotton|silk|leather|wood|paper|ink|paint|soap|perfume|honey|an egg|milk|butter|meat|fish|a potato|a tomato|an apple|a banana|an orange|a lemon|a carrot|garlic|pepper|water|juice|ice cream|a cookie""".split("|")
 ACT = """bake bread|cook pasta|make pizza|fix my car|change a tyre|learn the piano|learn English|learn to swim|lose weight|get rich|find a job|write a CV|buy a house|sell my car|build a house|paint a wall|repair a bicycle|tie a tie|plant a tree|grow tomatoes|train my dog|feed a cat|play chess|play the guitar|win at poker|invest money|save money|open a bank account|get a visa|book a flight|travel to Japan|make coffee|brew beer|make wine|clean a carpet|wash wool|remove a stain|sleep better|stop smoking|be happy|make friends|find love|ask her out|write a novel|draw a horse|take good photos|edit a video|install Windows|reset my password|hack a website|fix my printer|connect Bluetooth|use Excel|learn Python|write a game|build a website|center a div|sort a list|sew a button|knit a scarf|fold a paper plane|climb a mountain|run a marathon|do a handstand|cut my hair|cure a cold|treat a burn|lower my blood pressure|do my homework|solve an equation|calculate a percentage|convert miles to kilometres|boil an egg|make a cake|roast a chicken|make soup|speak in public|write a speech|plan a wedding|choose a name for my baby|raise children|file my taxes|start a company|become an astronaut|catch a fish|ride a horse|drive a truck|fly a plane|sail a boat|find north|survive in the desert|build a rocket|boil water|cook rice|peel a mango|make tea|bake a pie|grill a steak|set the table|iron a shirt|wash my hair|shave|brush my teeth|fall asleep|wake up early|learn French|learn to dance|learn to draw|read faster|memorise a poem|study for an exam|pass my driving test|find my keys|open a jar|hang a picture|fix a leak|unclog a drain|change a light bulb|mow the lawn|prune roses|build a fence|train for a race|do a push-up|juggle|whistle|sing better|tune a guitar|play the violin|solve a Rubik's cube|win at chess|make a snowman|fly a kite|pitch a tent|light a fire|read a map|pack a suitcase|rent a flat|move to Spain|buy bitcoin|trade stocks|pay my debts|negotiate my salary|quit my job|impress my boss|write a poem for my wife|apologise to my friend|meet new people|stop worrying|lower my cholesterol|heal a broken arm|remove a tattoo|stop hiccups|get rid of ants|catch a mouse|wash my dog|ride a unicycle|jump higher|lift weights|eat healthy|count calories|make cheese|distil whisky|print a photo|scan a document|make a PDF|format a USB stick|update Windows|root my phone|edit photos|record a song|stream on Twitch|post on Instagram|delete my account|recover a deleted file|speed up my phone|build a PC|write a virus|learn JavaScript|make an app|use Photoshop|write a macro|draw a chart|merge two PDFs|install a printer driver|set up a router|create a YouTube channel""".split("|")
 
@@ -155,9 +156,9 @@ def slots(text: str, rng) -> str:
             return str(rng.choice([rng.randrange(13), rng.randrange(100), rng.randrange(10000)]))
         if key == "gibberish":
             return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randrange(3, 9)))
-        pools = {"country": COUNTRY, "city": CITY, "city2": CITY, "person": PERSON, "thing": THING, "thing2": THING, "act": ACT, "name": stories.GIRLS + stories.BOYS}
+        pools = {"country": COUNTRY, "city": CITY, "city2": CITY, "person": PERSON, "thing": THING, "thing2": THING, "act": ACT, "name": NAMES}
         if key == "word":
-            return rng.choice(stories.CREATURES + stories.PETS) if rng.random() < 0.6 else stories.coined(rng)
+            return rng.choice(stories.CREATURES) if rng.random() < 0.6 else stories.coined(rng)
         if key == "name" and rng.random() < 0.25:
             return stories.coined(rng).capitalize()
         if key in ("coined", "Coined"):
@@ -187,7 +188,7 @@ def dress(question: str, rng) -> str:
     return people_say(question, rng)
 
 
-WEIGHT = {"what": 4, "up": 2.5, "who": 2.5, "vine": 1.6, "can_do": 1.5, "which_models": 1.8, "api": 1.5, "mesh": 1.5, "demo": 1.2, "curl": 1.3, "python": 1.2, "endpoints": 1.2}
+WEIGHT = {"stop": 2, "what": 4, "up": 2.5, "who": 2.5, "vine": 1.6, "can_do": 1.5, "which_models": 1.8, "api": 1.5, "mesh": 1.5, "demo": 1.2, "curl": 1.3, "python": 1.2, "endpoints": 1.2}
 
 
 def turn_fact(rng):
@@ -206,11 +207,6 @@ def turn_talk(rng):
     for key, value in kept.items():
         answer = answer.replace("$" + key, value)
     out = [(question if kept else people_say(question, rng), answer)]
-    if "name" in kept and rng.random() < 0.6:
-        if rng.random() < 0.5:
-            out += turn_fact(rng)[:1]
-        out.append((people_say(rng.choice(["what is my name?", "do you remember my name?", "who am I?", "do you know my name?", "what's my name?"]), rng),
-                    f"Your name is {kept['name']}; you told me."))
     return out
 
 
@@ -233,8 +229,6 @@ def turn_story(rng):
         out.append((people_say(rng.choice(NEXT_Q), rng), s.sequel))
     elif r < 0.14:
         out.append((people_say(rng.choice(MORAL_Q), rng), s.moral))
-    elif r < 0.17:
-        out.append((people_say(rng.choice(["who was it about?", "who is the story about?", "what was the name of the hero?", "who was the hero?"]), rng), f"It was about {stories.a(s.kind)} named {s.name}."))
     return out
 
 
@@ -244,7 +238,7 @@ def conversation(index: int, seed: int = 8420):
     turns, count = [], rng.choices([1, 2, 3, 4, 6], [62, 18, 12, 6, 2])[0]
     told = False
     while len(turns) < count:
-        kind = rng.choices([turn_fact, turn_talk, turn_outside, turn_story], [62, 15, 18, 3 if told else 9])[0]
+        kind = rng.choices([turn_fact, turn_talk, turn_outside, turn_story], [56, 13, 16, 8 if told else 20])[0]
         told |= kind is turn_story
         turns += kind(rng)
     return (rng.choice(SYSTEMS) if rng.random() < 0.2 else None), turns
@@ -256,7 +250,7 @@ def opening(index: int, seed: int = 8420):
     To know which answer is meant is the hard part, and the first words of the answer show it.
     """
     rng = random.Random(seed * 1_000_003 + 500_000_007 + index)
-    kind = rng.choices([turn_fact, turn_talk, turn_outside, turn_story], [66, 13, 17, 4])[0]
+    kind = rng.choices([turn_fact, turn_talk, turn_outside, turn_story], [55, 11, 14, 20])[0]
     return (rng.choice(SYSTEMS) if rng.random() < 0.05 else None), kind(rng)[:1]
 
 

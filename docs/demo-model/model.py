@@ -44,12 +44,14 @@ class Layer(nn.Module):
         self.up = nn.Linear(s.hidden, s.inter, bias=False)
         self.down = nn.Linear(s.inter, s.hidden, bias=False)
 
-    def forward(self, x, cos, sin, mask, drop):
+    def forward(self, x, cos, sin, mask, drop, past=None):
         s, (b, t, _) = self.s, x.shape
         h = F.rms_norm(x, (s.hidden,), self.attn_norm, s.eps)
         q = rotate(self.q(h).view(b, t, s.heads, s.head_dim).transpose(1, 2), cos, sin)
         k = rotate(self.k(h).view(b, t, s.kv_heads, s.head_dim).transpose(1, 2), cos, sin)
         v = self.v(h).view(b, t, s.kv_heads, s.head_dim).transpose(1, 2)
+        if past is not None:
+            k, v = past[:] = [torch.cat(both, 2) for both in zip(past, (k, v))] if past else (k, v)
         q = q.reshape(b, s.kv_heads, -1, s.head_dim)  # heads that share keys, one below the other
         w = (q @ k.transpose(2, 3)).float() * s.head_dim**-0.5 + mask
         a = (w.softmax(-1).to(v.dtype) @ v).view(b, s.heads, t, s.head_dim)
@@ -78,13 +80,17 @@ class Decoder(nn.Module):
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
-    def hidden(self, ids):
-        """ids [batch, tokens] to normalised hidden states [batch, tokens, hidden]."""
-        t = ids.shape[1]
+    def hidden(self, ids, past=None):
+        """ids [batch, tokens] to normalised hidden states [batch, tokens, hidden].
+
+        `past` holds one list for each layer, empty at first, in which keys and values are kept from call to call.
+        """
+        begin = past[0][0].shape[2] if past and past[0] else 0
+        t, end = ids.shape[1], begin + ids.shape[1]
         x = self.embed(ids)
-        mask = torch.full((t, t), float("-inf")).triu(1).repeat(self.s.heads // self.s.kv_heads, 1)
-        for layer in self.layers:
-            x = layer(x, self.cos[:t], self.sin[:t], mask, self.drop)
+        mask = torch.full((t, end), float("-inf")).triu(1 + begin).repeat(self.s.heads // self.s.kv_heads, 1)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, self.cos[begin:end], self.sin[begin:end], mask, self.drop, past[i] if past else None)
         return F.rms_norm(x, (self.s.hidden,), self.norm, self.s.eps)
 
     def forward(self, ids):

@@ -9,41 +9,27 @@ from dataclasses import dataclass
 SHE = dict(he="she", him="her", his="her", He="She", His="Her")
 HE = dict(he="he", him="him", his="his", He="He", His="His")
 
-GIRLS = """Ada Mara Lina Ruth Nora Ida Vera Tilda Wanda Hazel Olive Juno Greta Selma Freya Mina Alma Dora Emmy Flora Hedda
-Iris June Kira Lotte Maya Nell Opal Petra Rosa Sofie Thea Una Viola Willa Yara Zoe Anna Clara Edith Fanny Gerda Hilda""".split()
-BOYS = """Otto Finn Emil Hugo Jonas Karl Leo Max Nils Oskar Paul Ravi Sami Tom Udo Viktor Walt Yuri Zeno Abel Ben Cosmo
-Dino Egon Felix Gus Henry Ivo Jasper Kai Linus Milo Ned Owen Pip Quinn Rolf Sven Theo Uli Vito Wim Anton Bruno Caspar""".split()
-PETS = """Bolt Tick Copper Pebble Button Moss Biscuit Clover Dot Ember Fern Ginger Hop Ink Jolly Knot Lumen Maple Nutmeg
-Oat Poppy Quill Rust Spark Thimble Velvet Whisker Ziggy Acorn Bramble Cinder Dusty Flint Gizmo Honey Juniper""".split()
-
 PEOPLE = {
-    "girl": SHE, "boy": HE, "woman": SHE, "man": HE, "princess": SHE, "prince": HE, "queen": SHE, "king": HE, "baker": HE,
-    "fisherman": HE, "gardener": SHE, "knight": HE, "pirate": SHE, "wizard": HE, "witch": SHE, "sailor": HE, "astronaut": SHE,
-    "painter": SHE, "shepherd": HE, "teacher": SHE, "farmer": HE, "inventor": SHE, "clockmaker": HE, "librarian": SHE,
-    "miller": HE, "tailor": HE, "doctor": SHE, "singer": SHE, "blacksmith": HE, "postman": HE, "explorer": SHE, "programmer": SHE,
-    "scientist": SHE, "cook": HE, "carpenter": HE, "giant": HE, "elf": HE, "fairy": SHE, "mermaid": SHE, "troll": HE,
-    "grandmother": SHE, "grandfather": HE, "detective": SHE, "engineer": SHE, "pilot": SHE, "child": SHE, "student": HE,
+    "girl": SHE, "boy": HE, "princess": SHE, "prince": HE, "queen": SHE, "king": HE, "baker": HE, "gardener": SHE, "knight": HE,
+    "pirate": SHE, "wizard": HE, "witch": SHE, "sailor": HE, "astronaut": SHE, "painter": SHE, "farmer": HE, "inventor": SHE,
+    "giant": HE, "fairy": SHE, "mermaid": SHE, "detective": SHE, "engineer": SHE, "child": SHE, "teacher": SHE,
 }
-CREATURES = """robot fox dragon cat dog owl mouse bear rabbit hedgehog squirrel frog snail bee ant crow wolf horse donkey cow pig
-goat sheep duck goose penguin whale dolphin octopus crab turtle elephant lion tiger monkey parrot bat beaver otter badger
-mole deer swan seagull spider butterfly ladybug firefly kitten puppy dinosaur unicorn ghost monster alien snowman scarecrow
-teapot clock lamp train boat balloon cloud star tree computer toaster bicycle spoon llama panda koala kangaroo giraffe zebra
-hamster lizard snake raven sparrow pony camel raccoon walrus seal fish goldfish dragonfly cricket worm vine grape server machine
-caterpillar chicken hen rooster pigeon eagle kite pencil book kettle broom stone tractor bus rocket satellite moose""".split()
+CREATURES = """robot fox dragon cat dog owl mouse bear rabbit hedgehog squirrel frog snail bee crow wolf horse donkey cow pig goat sheep
+duck penguin whale dolphin turtle elephant lion tiger monkey parrot beaver deer spider butterfly kitten puppy dinosaur unicorn
+ghost monster alien snowman train boat cloud star tree computer grape toaster""".split()
 
 PLACES = ["a green valley", "a small village", "an old forest", "a town by the sea", "a quiet harbour", "a house on a hill", "a big city",
-          "a snowy land", "a garden behind a mill", "an island", "a castle of grey stone", "a little farm", "a vineyard", "a desert",
+          "a snowy land", "a garden behind a mill", "a house on an island", "a castle of grey stone", "a little farm", "a vineyard", "a desert",
           "a lighthouse", "a library", "a space station", "a village in the mountains", "a river town", "a meadow full of flowers"]
 ASKED_PLACES = {"in the forest": "an old forest", "by the sea": "a town by the sea", "in a castle": "a castle of grey stone",
-                "on an island": "an island", "in the city": "a big city", "in space": "a space station", "on a farm": "a little farm",
+                "on an island": "a house on an island", "in the city": "a big city", "in space": "a space station", "on a farm": "a little farm",
                 "in the mountains": "a village in the mountains", "in a vineyard": "a vineyard", "in a library": "a library",
                 "in the desert": "a desert", "in a village": "a small village", "in winter": "a snowy land", "in a garden": "a garden behind a mill"}
-TRAITS = ["small", "brave", "shy", "curious", "clever", "kind", "patient", "young", "cheerful", "quiet", "lonely", "gentle"]
-HELPER_TRAITS = ["old", "wise", "friendly", "tired", "tiny", "tall", "gentle", "grey"]
+TRAITS = ["small", "brave", "shy", "curious", "clever", "kind", "young", "cheerful"]
 
 # Each plot: themes that a listener may name, then one line of choices for each part of the story.
 PLOTS = [
-    dict(themes=["a lost key", "a key", "a door", "a secret", "a treasure", "a mystery"], lines=[
+    dict(name="Mina", pronouns=SHE, helper="an old owl named Ida", hname="Ida", themes=["a lost key", "a key", "a door", "a secret", "a treasure", "a mystery"], lines=[
         "{One morning|One day|One windy day} $name found {a rusty key|a little silver key|a golden key} {in the grass|under a stone|beside the path}.",
         "\"{Which door does it open?|What could it open?}\" $he wondered{, and set out to look|}.",
         "$He tried {the gate, the cellar and the old chest|every door in the street|the mill, the tower and the barn}, but the key {would not turn|did not fit} anywhere.",
@@ -51,7 +37,7 @@ PLOTS = [
         "\"{Some keys are not for doors|Look lower than doors},\" said $hname. \"{Try the music box|Try the little box} under {the oak|the old bench}.\"",
         "$name {ran|went} there and turned the key. The box opened and played a soft {tune|song}, {and everybody nearby came to listen|and the whole place grew quiet to hear it}.",
         "{From then on|After that day}, $name and $hname played it every evening, {and nobody there was lonely again|and they became the best of friends}."]),
-    dict(themes=["the dark", "fear", "courage", "the night", "bravery", "being brave"], lines=[
+    dict(name="Pip", pronouns=HE, helper="a tiny mouse named Dot", hname="Dot", themes=["the dark", "fear", "courage", "the night", "bravery", "being brave"], lines=[
         "$name was {good at many things|happy all day long}, but $he was afraid of the dark.",
         "{One evening|One night} the {wind|storm} blew out every {lamp|light}, and {a small voice called for help|somebody outside began to cry}.",
         "$name's heart {beat fast|jumped}. \"{I am afraid|The dark is so big},\" $he whispered, \"but somebody needs me.\"",
@@ -59,7 +45,7 @@ PLOTS = [
         "\"{I was afraid too|I thought that nobody would come},\" said $hname. \"{Together it is not so dark|With two of us the dark is smaller}.\"",
         "They walked {hand in hand|side by side}, and $name saw {the stars for the first time|how many stars there were}.",
         "Since that night $name {is no longer afraid|has liked the dark}, because {that is when the stars come out|the dark is where $he found a friend}."]),
-    dict(themes=["a bridge", "a river", "building", "teamwork", "working together"], lines=[
+    dict(name="Nora", pronouns=SHE, helper="a patient beaver named Otto", hname="Otto", themes=["a bridge", "a river", "building", "teamwork", "working together"], lines=[
         "One {spring|autumn} the river {rose|grew wild} and {carried away|broke} the only bridge.",
         "$name wanted to {visit a friend|bring bread to the people} on the other side, but the water was {too deep|too fast}.",
         "First $he {threw stones into the water|laid a long branch across}, but the river {swept it all away|took it at once}.",
@@ -67,7 +53,7 @@ PLOTS = [
         "So they asked everyone, and everyone brought {something: a rope, a board, a nail|what they had: rope, wood and nails}.",
         "By {evening|the third day} a new bridge stood there, {a little crooked but strong|stronger than the old one}.",
         "$name was the first to cross it, and on the other side {$he laughed for joy|$his friend was waiting}. \"{We did it together|This is everybody's bridge},\" $he said."]),
-    dict(themes=["a garden", "rain", "a seed", "a plant", "patience", "flowers", "nature", "spring"], lines=[
+    dict(name="Emil", pronouns=HE, helper="a wise gardener named Rosa", hname="Rosa", themes=["a garden", "rain", "a seed", "a plant", "patience", "flowers", "nature", "spring"], lines=[
         "$name had {a single seed|one small seed} and wanted {nothing more than|only} to see it grow.",
         "$He put it into the earth and {waited, but nothing happened|watched it every morning}. {A week went by|Many days went by}, and the ground stayed bare.",
         "\"{Perhaps it is a bad seed|Perhaps I did it wrong},\" thought $name, and {nearly gave up|was sad}.",
@@ -75,7 +61,7 @@ PLOTS = [
         "So $name carried water each {day|evening}, {even when it was hot|even when $he was tired}, and {told the seed stories|sang to it}.",
         "One morning a {tiny|little} green leaf {looked out of|stood in} the earth, and by summer there was a {tall flower|vine full of sweet grapes}.",
         "$name shared {it|its fruit} with everybody, and kept {one seed|a few seeds} for {the next year|another spring}."]),
-    dict(themes=["a star", "the moon", "the sky", "a wish", "space", "the sun"], lines=[
+    dict(name="Juno", pronouns=SHE, helper="an old crow named Hugo", hname="Hugo", themes=["a star", "the moon", "the sky", "a wish", "space", "the sun"], lines=[
         "{Every night|Each evening} $name looked up at one {little|bright} star and {waved to it|wished it good night}.",
         "One night the star was {gone|missing}, and $name {could not sleep|was worried}.",
         "$He {climbed the highest hill|went out} to look for it, and {behind the hill|in a pond} $he found it: {small, cold and crying|very small and very cold}.",
@@ -83,7 +69,7 @@ PLOTS = [
         "$name asked $helper, who {knew the wind|knew the way of the birds}. \"{A star flies when it is warm|It only needs to be warm},\" said $hname. \"{Hold it close|Keep it near your heart}.\"",
         "So they {held the star between them|kept it warm all night}, and it began to glow, {brighter and brighter|first a little and then a lot}.",
         "Before morning it {rose|flew} back into the sky. And now, when $name waves, the star {blinks twice|waves back with its light}."]),
-    dict(themes=["a race", "winning", "sport", "speed", "running", "a competition"], lines=[
+    dict(name="Leo", pronouns=HE, helper="a grey rabbit named Fern", hname="Fern", themes=["a race", "winning", "sport", "speed", "running", "a competition"], lines=[
         "Every year there was a {great|big} race {around the hill|to the old oak}, and $name had never won it.",
         "This time $he had {trained for weeks|practised every morning}, and {at the start|after the first bend} $he was ahead of everyone.",
         "{But halfway|Then, in the middle of the way}, $he saw $helper sitting {beside the path|in the grass} with a hurt foot.",
@@ -91,7 +77,7 @@ PLOTS = [
         "$name looked at the {finish|way ahead} and then at $hname. {It was not a hard choice|It took only a moment to decide}. $He stopped and helped.",
         "Together they came in last, {slowly, step by step|one small step after another}, and {everybody was waiting|the whole place was watching}.",
         "Nobody remembers who won {that day|that race}, but everybody remembers {how $name came in last|the two who came in last}."]),
-    dict(themes=["bread", "food", "hunger", "sharing", "kindness", "a cake", "winter", "cooking"], lines=[
+    dict(name="Selma", pronouns=SHE, helper="a tired wanderer named Karl", hname="Karl", themes=["bread", "food", "hunger", "sharing", "kindness", "a cake", "winter", "cooking"], lines=[
         "It was a {hard|cold} winter, and $name had only {one loaf of bread|a small bowl of soup} left.",
         "{There was a knock at the door|Somebody knocked}. Outside stood $helper, {hungry and cold|wet and shivering}.",
         "$name {thought for a moment|looked at the food}. \"{It is not much|It is little},\" $he said, \"but half of it is yours.\"",
@@ -99,7 +85,7 @@ PLOTS = [
         "In the morning the guest was gone, but {on the table|by the door} lay {a small bag of seeds|a little sack of grain}.",
         "$name {planted them|put them into the earth} in spring, and {they grew as nothing had grown before|the field became golden}.",
         "That autumn nobody there was hungry, and $name always kept {a chair free|one place free at the table} for {a guest|whoever might knock}."]),
-    dict(themes=["a storm", "the sea", "a ship", "a boat", "rescue", "water", "the ocean", "a journey"], lines=[
+    dict(name="Finn", pronouns=HE, helper="a friendly dolphin named Lina", hname="Lina", themes=["a storm", "the sea", "a ship", "a boat", "rescue", "water", "the ocean", "a journey"], lines=[
         "$name had built a {little boat|small wooden boat} and dreamed of {the open sea|far shores}.",
         "One {bright|calm} morning $he set out, {singing|with a piece of bread and a map}, but by noon {the sky turned black|dark clouds came}.",
         "The waves {rose like hills|grew as high as houses}, and the {sail tore|rudder broke}.",
@@ -107,7 +93,7 @@ PLOTS = [
         "\"{Do not fight the waves|Do not row against them},\" said $hname. \"{Turn the boat and let them carry you|Go with them, and look for the light}.\"",
         "$name did so, and {the waves carried the boat|the storm itself pushed the boat} to a {quiet bay|safe shore}.",
         "When the sun came back, they mended the {sail|boat} together, and {the next journey they made as two|from then on they sailed together}."]),
-    dict(themes=["a song", "music", "a voice", "singing", "dancing", "art"], lines=[
+    dict(name="Viola", pronouns=SHE, helper="a kind hedgehog named Moss", hname="Moss", themes=["a song", "music", "a voice", "singing", "dancing", "art"], lines=[
         "$name loved music, but {whenever $he sang, only a squeak came out|$he was too shy to sing before others}.",
         "Soon there would be a great {festival|feast}, and everyone {had a song to sing|was to bring a song}.",
         "$name {practised in secret|hid behind the barn}, and {was sure that nobody heard|sang as softly as a leaf}.",
@@ -115,7 +101,7 @@ PLOTS = [
         "On the evening of the {festival|feast} $name stepped forward, {closed $his eyes|took a deep breath}, and sang.",
         "It was so quiet that {everybody had to lean in|the others held their breath}, and when it ended {nobody wanted to speak|some of them had tears in their eyes}.",
         "Since then the festival begins with {a small song|a quiet song}, and {it is always $name who sings it|nobody there is too shy to sing}."]),
-    dict(themes=["a letter", "a message", "a promise", "a message that had to arrive", "the post"], lines=[
+    dict(name="Felix", pronouns=HE, helper="a tall giraffe named Olive", hname="Olive", themes=["a letter", "a message", "a promise", "a message that had to arrive", "the post"], lines=[
         "$name was given a letter {to carry over the mountain|for somebody far away}, and promised {to bring it there by night|not to lose it}.",
         "The way was {long|steep}, and soon {snow began to fall|a thick fog came down}.",
         "{A strong wind|Suddenly a gust} tore the letter away and {blew it into a tree|carried it over a wall}.",
@@ -123,7 +109,7 @@ PLOTS = [
         "With the letter safe again, $name {walked on and did not stop|hurried on}. {Just before night|At the last light of day} $he knocked at the door.",
         "The letter said only: \"{Come home, all is well|I am well, and I miss you}.\" {The reader wept for joy|It was the best news of the year}.",
         "On the way back $name {thanked $hname with a hug|brought $hname a warm loaf}, for {a promise is easier to keep with a friend|no message gets through alone}."]),
-    dict(themes=["friendship", "a friend", "loneliness", "love", "two friends", "making friends"], lines=[
+    dict(name="Tilda", pronouns=SHE, helper="a shy badger named Bruno", hname="Bruno", themes=["friendship", "a friend", "loneliness", "love", "two friends", "making friends"], lines=[
         "$name had {a warm home|everything that one needs}, but no friend, {and the evenings were long|and so the days were long}.",
         "{One day|At last} $he painted a sign: \"{Friend wanted|Looking for a friend}.\" {But nobody came|Many walked past, but nobody stopped}.",
         "When it began to rain, $name {went out to take the sign in|saw somebody standing under the sign}. There stood $helper.",
@@ -131,7 +117,7 @@ PLOTS = [
         "$name laughed and made {tea|soup}, and they talked until {the rain had stopped|the moon was high}.",
         "\"{Come again tomorrow|Will you come again?},\" said $name{, a little shy|}. And $hname came, {the next day and every day|tomorrow and every day after}.",
         "The sign still hangs {beside the door|there}, but now it says: \"{Friends live here|Friends found}.\""]),
-    dict(themes=["a map", "an adventure", "a treasure map", "gold", "exploring", "a cave"], lines=[
+    dict(name="Max", pronouns=HE, helper="an old goat named Greta", hname="Greta", themes=["a map", "an adventure", "a treasure map", "gold", "exploring", "a cave"], lines=[
         "In {an old book|a dusty drawer} $name found a map with a {red cross|little cross} on it.",
         "\"{A treasure|That must be a treasure}!\" $he cried, {packed a bag|put on $his boots} and {set out at once|left before breakfast}.",
         "The map led {through a swamp and up a cliff|over three hills and through a dark wood}, and there $name {lost the way|stood before a deep ravine}.",
@@ -139,7 +125,7 @@ PLOTS = [
         "They {helped each other over every rock|took turns to lead}, and at the cross they dug {until their arms were sore|all afternoon}.",
         "In the chest lay no gold, only a {spyglass|paper} and {the words: look back|a note: look behind you}. They turned, and before them lay {the whole land in the evening sun|the most beautiful view in the world}.",
         "\"{It is a treasure after all|That is worth more than gold},\" said $name, and they came back {every year|again and again} to see it."]),
-    dict(themes=["a broken clock", "a machine", "an invention", "technology", "a problem", "work", "learning", "failure"], lines=[
+    dict(name="Clara", pronouns=SHE, helper="a clever cat named Tick", hname="Tick", themes=["a broken clock", "a machine", "an invention", "technology", "a problem", "work", "learning", "failure"], lines=[
         "The great clock {of that place|on the tower} had stopped, and {nobody knew what time it was|since then everyone was late for everything}.",
         "$name wanted to mend it, though {everybody laughed|nobody thought that $he could}.",
         "$He {cleaned every wheel|took it apart and put it together}, but the clock {only coughed|stayed still}. $He tried again, and {failed again|again it did not move}.",
@@ -147,7 +133,7 @@ PLOTS = [
         "\"{That it is not the wheels|Where the fault is not},\" said $name slowly. \"{Then you are nearly there|That is how one finds it},\" said $hname.",
         "$name looked once more, and {behind the smallest wheel|deep inside} $he found {a grain of sand|a tiny seed}. $He blew it away, and tick, tock, the clock went on.",
         "{The bells rang|All the bells rang}, and everybody came out to {cheer|thank $name}. $He had failed {nine times and won once|many times}, and {that was enough|it had been worth it}."]),
-    dict(themes=["home", "the way home", "getting lost", "being lost", "a path", "family"], lines=[
+    dict(name="Theo", pronouns=HE, helper="a gentle deer named Willa", hname="Willa", themes=["home", "the way home", "getting lost", "being lost", "a path", "family"], lines=[
         "One day $name {followed a butterfly|walked further than ever before} and got lost.",
         "{All the trees looked the same|Every path looked the same}, and {it was getting late|the sun was going down}.",
         "\"{I must not be afraid|I will think},\" $he said, and {listened|sat down to think}.",
@@ -158,9 +144,9 @@ PLOTS = [
 ]
 
 SEQUELS = [
-    "{The next morning|A few days later} $name {met|visited} $hname again. They {shared bread and tea|sat in the sun} and {planned a new adventure|laughed about it all}. But that is another story.",
-    "After that $name {slept for a whole day|rested a little}. Then $he {told everyone what had happened|went out to see what else there was}, and $hname came along. {They are still friends today|They never grew tired of it}.",
-    "$name and $hname {stayed together|remained friends}. Each year, on the same day, they {remembered it with a small feast|told the story again}, and each year it {grew a little longer|was a little better}.",
+    "The next morning they met again. They {shared bread and tea|sat in the sun} and {planned a new adventure|laughed about it all}. But that is another story.",
+    "After that {everyone slept for a whole day|they rested a little}. Then they {told everyone what had happened|went out to see what else there was}. They are still friends today.",
+    "They remained friends. Each year, on the same day, they {remembered it with a small feast|told the story again}, and each year it {grew a little longer|was a little better}.",
 ]
 MORALS = ["{Kindness comes back|What you share grows|Nobody does it all alone}: that is what the story says, I think.",
           "I think it says that {a friend makes hard things easier|asking for help is no shame|small ones can do great things}."]
@@ -177,34 +163,14 @@ class Story:
     text: str
     sequel: str
     moral: str
-    name: str
-    kind: str
-    helper: str
 
 
 def a(noun: str) -> str:
     return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
-def being(rng, kind):
-    """A name and its pronouns for one of a kind; what is not a person has a name of its own."""
-    pronouns = PEOPLE.get(kind)
-    if pronouns is None:
-        pronouns = rng.choice([SHE, HE])
-        return rng.choice(PETS), pronouns
-    return rng.choice(GIRLS if pronouns is SHE else BOYS), pronouns
-
-
-def draw_kind(rng, coin):
-    """Mostly animals and things, sometimes people, now and then a word that nobody knows."""
-    r = rng.random()
-    if r < coin:
-        return coined(rng)
-    return rng.choice(CREATURES) if r < 0.6 else rng.choice(list(PEOPLE))
-
-
 def coined(rng):
-    """A made-up noun, so that the model learns to copy the listener's word and not only known ones."""
+    """A made-up word, so that the model meets words that nobody knows."""
     onset = "b c d f g h j k l m n p r s t v w z bl br ch cl dr fl gr kn pl qu sh sl sn sp st th tr wh".split()
     vowel = "a e i o u ai ee oo ou".split()
     coda = ["", "", "", "n", "r", "l", "t", "m", "s", "ck", "ng", "mp", "nd", "bble", "dle"]
@@ -212,43 +178,25 @@ def coined(rng):
 
 
 def story(rng, expand) -> Story:
-    mode = rng.random()
-    named = 0.30 <= mode < 0.84
-    kind, hkind = draw_kind(rng, 0.2 if named else 0), draw_kind(rng, 0.15 if 0.76 <= mode < 0.84 else 0)
-    while hkind == kind:
-        hkind = draw_kind(rng, 0)
-    name, pro = being(rng, kind)
-    hname, _ = being(rng, hkind)
-    while hname == name:
-        hname, _ = being(rng, hkind)
-    plot, place = rng.choice(PLOTS), rng.choice(PLACES)
-    trait = rng.choice(TRAITS)
-    told = f"{trait} {kind}"
-    if mode < 0.30:
+    """Names belong to plots: a model of this size keeps to a name that it knows, not to one that it must copy."""
+    kind = rng.choice(CREATURES if rng.random() < 0.65 else list(PEOPLE))
+    plot = rng.choice([p for p in PLOTS if PEOPLE.get(kind, p["pronouns"]) is p["pronouns"]])
+    place, mode = rng.choice(PLACES), rng.random()
+    if mode < 0.25:
         about = ""
-    elif mode < 0.62:
-        about = f" about {a(kind)}" if rng.random() < 0.9 else f" with {a(kind)}"
-    elif mode < 0.68:
-        about = f" about {a(told)}"
-    elif mode < 0.76:
-        about = f" about {a(kind)} {rng.choice(['named', 'called'])} {name}"
-    elif mode < 0.84:
-        about = f" about {a(kind)} and {a(hkind)}"
-    elif mode < 0.93:
+    elif mode < 0.80:
+        about = f" {'about' if rng.random() < 0.9 else 'with'} {a(kind)}"
+    elif mode < 0.90:
         about = f" about {rng.choice(plot['themes'])}"
     else:
         asked = rng.choice(list(ASKED_PLACES))
         place = ASKED_PLACES[asked]
         about = rng.choice([f" {asked}", f" about {a(kind)} {asked}"])
-    names = {"$name": name, "$helper": f"{a(rng.choice(HELPER_TRAITS))} {hkind} named {hname}",
-             "$hname": hname, **{f"${k}": v for k, v in pro.items()}}
-    start = rng.choice(["Once upon a time, in $place, there lived $told named $name.", "In $place there lived $told named $name.",
-                        "There was once $told named $name, who lived in $place.", "Once there was $told whose name was $name. The home of $name was $place."])
-    start = start.replace("$place", place).replace("$told", a(told))
-    fill = lambda t: sentence_case(substitute(expand(t), names))
-    body = [fill(t) for t in [start, *plot["lines"]]]
-    text = " ".join(body)
-    return Story(expand(rng.choice(ASK)).replace("$about", about), text, fill(rng.choice(SEQUELS)), expand(rng.choice(MORALS)), name, kind, hkind)
+    names = {"$name": plot["name"], "$helper": plot["helper"], "$hname": plot["hname"], **{f"${k}": v for k, v in plot["pronouns"].items()}}
+    start = rng.choice(["Once there was $told named $name, who lived in $place.", "There was once $told named $name, who lived in $place."])
+    start = start.replace("$place", place).replace("$told", a(f"{rng.choice(TRAITS)} {kind}"))
+    text = " ".join(sentence_case(substitute(expand(t), names)) for t in [start, *plot["lines"]])
+    return Story(expand(rng.choice(ASK)).replace("$about", about), text, expand(rng.choice(SEQUELS)), expand(rng.choice(MORALS)))
 
 
 def substitute(text, names):

@@ -5,6 +5,7 @@ stopped at any time; `--resume` goes on from the last checkpoint with the same d
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -80,14 +81,14 @@ class Encoder:
         return ids[:limit], learn[:limit]
 
 
-def batches(enc: Encoder, shape: Shape, tokens: int, first: int):
+def batches(enc: Encoder, shape: Shape, tokens: int, first: int, chunk: int = 0):
     """Endless micro-batches (ids, targets; -100 where nothing is learned), alike in length within one.
 
     Each chunk mixes `WHOLE` conversations with `OPENINGS` questions of which only the first words of the answer
-    are learned. Both are taken in order of their numbers, from batch number `first` on.
+    are learned. Both are taken in order of their numbers, from chunk number `chunk` and its batch number `first` on.
     """
     number = 0
-    for chunk in range(10**9):
+    for chunk in itertools.count(chunk):
         rows = [enc.conversation(*corpus.conversation(chunk * WHOLE + i, SEED), shape.context) for i in range(WHOLE)]
         rows += [cut_opening(*enc.conversation(*corpus.opening(chunk * OPENINGS + i, SEED), shape.context)) for i in range(OPENINGS)]
         rows.sort(key=lambda r: len(r[0]))
@@ -118,7 +119,7 @@ def cut_opening(ids, learn):
     return ids[:end], learn[:end]
 
 
-WHOLE, OPENINGS, OPENING_TOKENS = 256, 1536, 12
+WHOLE, OPENINGS, OPENING_TOKENS = 640, 1024, 12
 
 
 # ---------------------------------------------------------------- training
@@ -165,7 +166,7 @@ def train(a, enc: Encoder, shape: Shape) -> Decoder:
     net = Decoder(shape, a.dropout)
     print(f"{sum(p.numel() for p in net.parameters()):,} parameters", flush=True)
     muon = Muon([p for n, p in net.named_parameters() if p.ndim == 2 and "embed" not in n])
-    adam = torch.optim.AdamW([{"params": [net.embed.weight], "lr": 4e-3}, {"params": [p for p in net.parameters() if p.ndim == 1], "lr": 4e-3}],
+    adam = torch.optim.AdamW([{"params": [net.embed.weight], "lr": a.lr / 5}, {"params": [p for p in net.parameters() if p.ndim == 1], "lr": a.lr / 5}],
                              betas=(0.9, 0.98), weight_decay=0.0)
     peak = [g["lr"] for g in adam.param_groups]
     ck, start = os.path.join(a.out, "checkpoint.pt"), 0
@@ -176,7 +177,7 @@ def train(a, enc: Encoder, shape: Shape) -> Decoder:
             muon.state[shape_].copy_(m)
     elif a.init:
         net.load_state_dict(torch.load(os.path.join(a.init, "checkpoint.pt"))["net"])
-    source = batches(enc, shape, a.tokens // a.parts, start * a.parts)
+    source = batches(enc, shape, a.tokens // a.parts, start * a.parts, a.chunk)
     net.train()
     began, seen, said = time.time(), 0, []
     for step in range(start, a.steps):
@@ -271,12 +272,13 @@ def main():
     p.add_argument("--steps", type=int, default=1200)
     p.add_argument("--tokens", type=int, default=4096, help="tokens of one step, padding included")
     p.add_argument("--parts", type=int, default=2, help="micro-batches of one step")
-    p.add_argument("--lr", type=float, default=0.02)
+    p.add_argument("--lr", type=float, default=0.008)
     p.add_argument("--dropout", type=float, default=0.0)
     p.add_argument("--save", type=int, default=100, help="steps between checkpoints")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--minutes", type=float, default=1e9, help="a limit on time: the schedule is shortened to end by then")
     p.add_argument("--init", help="a folder of an earlier run whose tokenizer and weights to begin with")
+    p.add_argument("--chunk", type=int, default=0, help="the chunk of data to begin with, so that a later run sees other text")
     p.add_argument("--resume", action="store_true")
     a = p.parse_args()
     os.makedirs(a.out, exist_ok=True)
