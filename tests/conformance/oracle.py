@@ -41,7 +41,8 @@ def main():
     for name, (folder, gguf_file) in toys.make(root).items():
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager").eval()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        # The class that does what tokenizer.json says; AutoTokenizer adds rules of its own to some families.
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
         ids = np.random.default_rng(7).integers(0, toys.VOCAB - 8, PROMPT_TOKENS).tolist()
         with torch.no_grad():
             logits = model(torch.tensor([ids])).logits[0].numpy()
@@ -84,9 +85,10 @@ def compare_tokens(vine, spec, tokenizer):
     for text, tokens in zip(NASTY, got):
         expected = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         assert tokens == expected, f"{text!r}: {tokens}, expected {expected}"
-        if "\ufffd" not in text and tokens:
+        if tokens:
             back = run(vine, "debug", "detokenize", "--model", spec, "--tokens", ",".join(map(str, tokens)))
-            assert back == text, f"{text!r} came back as {back!r}"
+            expected = tokenizer.decode(tokens)
+            assert back == expected, f"{text!r} came back as {back!r}, expected {expected!r}"
     return f"{len(NASTY)} texts equal"
 
 
@@ -105,10 +107,10 @@ def log_softmax(x):
 
 
 def run(vine, *arguments, stdin=None):
-    done = subprocess.run([vine, *arguments], input=stdin, capture_output=True, text=True, timeout=300,
+    done = subprocess.run([vine, *arguments], input=stdin and stdin.encode(), capture_output=True, timeout=300,
                           env={**os.environ, "VINE_LOG": "error"})
-    assert done.returncode == 0, f"vine {' '.join(arguments)[:200]}\n{done.stderr[-2000:]}"
-    return done.stdout
+    assert done.returncode == 0, f"vine {' '.join(arguments)[:200]}\n{done.stderr.decode()[-2000:]}"
+    return done.stdout.decode()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -119,6 +119,8 @@ def write_tokenizer(folder, vocabulary, pre):
                                      ignore_merges=pre == "llama-bpe"))
     tokenizer.pre_tokenizer = split(pre)
     tokenizer.decoder = decoders.ByteLevel()
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()  # as Qwen's own files
     tokenizer.add_special_tokens(SPECIALS)
     if pre == "llama-bpe":
         tokenizer.post_processor = processors.TemplateProcessing(
