@@ -78,7 +78,8 @@ fn byte_level(parts: &GgufTokenizer) -> Result<Tokenizer, TokenizerError> {
     let encoder = Pipeline::ByteLevel(Box::new(ByteLevel {
         bpe,
         splitter,
-        nfc: false,
+        // GGUF has no key for it, but Qwen's own tokenizers normalize.
+        nfc: pre == "qwen2",
         added,
         prefix,
         suffix,

@@ -109,7 +109,7 @@ impl EventStream {
     /// The next event; `None` after `[DONE]` or the end of the body.
     pub async fn next(&mut self) -> anyhow::Result<Option<Value>> {
         loop {
-            while let Some(event) = self.take_event() {
+            if let Some(event) = self.take_event() {
                 if event == "[DONE]" {
                     return Ok(None);
                 }
