@@ -99,11 +99,12 @@ fn the_demo_model_answers() {
     for row in &table {
         let prompt = row["prompt"].as_str().expect("a prompt");
         let (answer, ended) = demo.ask(&[json!({ "role": "user", "content": prompt })]);
-        let contains = row["contains"].as_str().unwrap_or_default();
+        let wanted = row["contains"].as_array().expect("a list of texts");
+        let has = |text: &Value| text.as_str().is_some_and(|text| answer.contains(text));
         let words = answer.split_whitespace().count() as u64;
         let enough = row["min_words"].as_u64().is_none_or(|min| words >= min);
-        if !ended || !enough || !answer.to_lowercase().contains(&contains.to_lowercase()) {
-            wrong.push(format!("{prompt:?} wants {contains:?}, ended {ended}: {answer:?}"));
+        if !ended || !enough || !wanted.iter().all(has) {
+            wrong.push(format!("{prompt:?} wants {wanted:?}, ended {ended}: {answer:?}"));
         }
     }
     assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), table.len(), wrong.join("\n"));
@@ -112,12 +113,12 @@ fn the_demo_model_answers() {
 #[test]
 fn a_second_turn_reuses_the_first() {
     let mut demo = Demo::load();
-    let first = json!({ "role": "user", "content": "What is Grapevine, and how do I start a node?" });
+    let first =
+        json!({ "role": "user", "content": "What is Grapevine, and how do I start a node?" });
     let (answer, _) = demo.ask(std::slice::from_ref(&first));
     let before = demo.replica.stats().prefix_hit_tokens;
     let second = json!({ "role": "user", "content": "Thank you!" });
-    let (thanks, _) =
-        demo.ask(&[first, json!({ "role": "assistant", "content": answer }), second]);
+    let (thanks, _) = demo.ask(&[first, json!({ "role": "assistant", "content": answer }), second]);
     assert!(!thanks.trim().is_empty());
     assert!(demo.replica.stats().prefix_hit_tokens > before, "the first turn was in the cache");
 }
