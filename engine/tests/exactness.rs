@@ -173,7 +173,8 @@ fn prefix_of_another(decoder: &Arc<Decoder>, dtype: KvDtype) -> Rows {
     split(output.logits(0), output.vocab())
 }
 
-/// `Last` gives the row that `All` gives; `Hidden` rows are those that the logits come from.
+/// `Last` gives the row that `All` gives, rows taken one by one are those of a step, and hidden
+/// states do not depend on the cut either.
 fn last_and_hidden(executor: &mut Executor, want: &[Vec<u32>], what: &str) {
     let tokens = text(SUBJECT, 0);
     let plan = StepPlan { sequences: vec![step(1, &tokens, 0, &ascending(), LogitsWanted::Last)] };
@@ -191,6 +192,16 @@ fn last_and_hidden(executor: &mut Executor, want: &[Vec<u32>], what: &str) {
         })
         .expect("a sound plan");
     assert_same(&each, want, &format!("{what}: one by one"));
+    let mut hidden = |at: usize, tokens: &[u32]| {
+        let sequences = vec![step(1, tokens, at, &ascending(), LogitsWanted::Hidden)];
+        let output = executor.step(&StepPlan { sequences }).expect("a sound plan");
+        split(output.hidden(0), output.hidden_size())
+    };
+    let whole = hidden(0, &tokens);
+    let mut cut = hidden(0, &tokens[..11]);
+    cut.extend(hidden(11, &tokens[11..]));
+    assert_eq!(whole.len(), SUBJECT);
+    assert_same(&cut, &whole, &format!("{what}: hidden states"));
 }
 
 /// Bits of logits for each token.
