@@ -269,7 +269,7 @@ def write_gguf(path: str, net: Decoder, tok: Tokenizer):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", default="build", help="folder for checkpoint, tokenizer.json and demo.gguf")
-    p.add_argument("--steps", type=int, default=1200)
+    p.add_argument("--steps", type=int, default=2400)
     p.add_argument("--tokens", type=int, default=4096, help="tokens of one step, padding included")
     p.add_argument("--parts", type=int, default=2, help="micro-batches of one step")
     p.add_argument("--lr", type=float, default=0.008)
