@@ -55,13 +55,14 @@ impl Writer {
     }
 
     fn list(&mut self, value: &Value, depth: usize) -> Result<(), Error> {
-        let items: Vec<Value> = value.try_iter()?.collect();
         self.out.push('[');
-        for (i, item) in items.iter().enumerate() {
-            self.separate(i, depth + 1);
-            self.value(item, depth + 1)?;
+        let mut count = 0;
+        for item in value.try_iter()? {
+            self.separate(count, depth + 1);
+            self.value(&item, depth + 1)?;
+            count += 1;
         }
-        self.close(items.len(), depth, ']');
+        self.close(count, depth, ']');
         Ok(())
     }
 

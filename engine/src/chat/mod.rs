@@ -19,7 +19,7 @@ pub use calendar::Calendar;
 pub use tools::{ToolEvent, ToolFormat, ToolParser};
 
 /// Longest template source, in bytes. The longest published ones have about 30 kB.
-pub const TEMPLATE_BYTES_MAX: usize = 1 << 20;
+pub const TEMPLATE_BYTES_MAX: usize = 256 << 10;
 
 /// Budget of engine instructions for one rendering; a chat of a thousand messages uses some
 /// hundred thousand. A template above it is stopped with an error.

@@ -1,31 +1,42 @@
 //! A template's source made ready for the engine, which knows no `{% generation %}` and puts no
-//! limit on the strings that a template keeps.
+//! limit on the strings that a template builds.
 //!
 //! `generation` marks assistant text for training; here it is only a scope. What a template keeps
 //! (`set`, `with`, loop targets, macro and call arguments) is the only way to make text grow
-//! without bound in few steps, so each such tag is followed by a check of the names it binds.
+//! without bound in few steps, so each such tag is followed by a check of the names it binds. What
+//! one expression can make of bounded values is limited here by its length, by how often it joins,
+//! and by what it may repeat. The scan cuts tags exactly where the engine's lexer does.
 
 /// The function that the added checks call.
 pub(super) const CHECK: &str = "__bounded";
 
+/// What is wrong with a source, and where.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Unbounded {
+    pub(super) line: usize,
+    pub(super) reason: &'static str,
+}
+
 /// `source` with these changes; lines stay where they were.
-pub(super) fn prepare(source: &str) -> String {
+pub(super) fn prepare(source: &str) -> Result<String, Unbounded> {
     let mut out = String::with_capacity(source.len() + source.len() / 4);
     let mut rest = source;
+    let mut repeated = 1;
     while let Some(open) = rest.find('{') {
         let (text, from) = rest.split_at(open);
         out.push_str(text);
+        let at = source.len() - from.len();
+        let unbounded = |reason| Unbounded { line: line_of(source, at), reason };
         let (whole, tag) = match from.as_bytes().get(1) {
-            Some(b'#') => (from.find("#}").map_or(from.len(), |end| end + 2), None),
-            Some(b'{') => (closing(from, "}}"), None),
-            Some(b'%') => {
-                let end = closing(from, "%}");
-                let tag = Tag::parse(&from[..end]);
-                match &tag {
-                    Some(tag) if tag.name == "raw" => (end + raw_length(&from[end..]), None),
-                    _ => (end, tag),
+            Some(b'#') => (from[2..].find("#}").map_or(from.len(), |end| end + 4), None),
+            Some(b'{') => (expression(from, "}}", &mut repeated).map_err(unbounded)?, None),
+            Some(b'%') => match raw_length(from) {
+                Some(raw) => (raw, None),
+                None => {
+                    let end = expression(from, "%}", &mut repeated).map_err(unbounded)?;
+                    (end, Tag::parse(&from[..end]))
                 }
-            }
+            },
             _ => (1, None),
         };
         match tag {
@@ -35,40 +46,131 @@ pub(super) fn prepare(source: &str) -> String {
         rest = &from[whole..];
     }
     out.push_str(rest);
-    out
+    Ok(out)
 }
 
-/// Length of a tag from its opening to behind `end`, which does not count inside strings.
-fn closing(tag: &str, end: &str) -> usize {
+fn line_of(source: &str, at: usize) -> usize {
+    1 + source.as_bytes()[..at].iter().filter(|&&b| b == b'\n').count()
+}
+
+/// Length of a tag from its opening to behind `end`, which does not count inside strings and
+/// brackets. `repeated` is the product of all repetitions of the template.
+fn expression(tag: &str, end: &str, repeated: &mut u64) -> Result<usize, &'static str> {
     let bytes = tag.as_bytes();
-    let mut quote = None;
-    let mut at = 2;
+    let (mut at, mut balance, mut joins) = (2, 0isize, 0);
+    let mut before = Atom::Other;
+    // `Some(true)`: a `*` came before and is already known to be harmless
+    let mut times = None;
     while at < bytes.len() {
-        match (quote, bytes[at]) {
-            (Some(_), b'\\') => at += 1,
-            (Some(q), b) if q == b => quote = None,
-            (Some(_), _) => {}
-            (None, b @ (b'"' | b'\'')) => quote = Some(b),
-            (None, _) if bytes[at..].starts_with(end.as_bytes()) => return at + end.len(),
-            (None, _) => {}
+        if at > EXPRESSION_BYTES_MAX {
+            return Err("an expression is too long");
         }
-        at += 1;
+        let byte = bytes[at];
+        if byte.is_ascii_whitespace() {
+            at += 1;
+            continue;
+        }
+        if balance == 0 && bytes[at..].starts_with(end.as_bytes()) {
+            check_times(times, Atom::Other, repeated)?;
+            return Ok(at + end.len());
+        }
+        let (atom, len) = atom(&tag[at..]);
+        check_times(times.take(), atom, repeated)?;
+        match byte {
+            b'(' | b'[' | b'{' => balance += 1,
+            b')' | b']' | b'}' => balance -= 1,
+            b'~' | b'+' => joins += 1,
+            b'*' if len == 1 => times = Some(check_left(before, repeated)?),
+            _ => {}
+        }
+        if joins > JOINS_MAX {
+            return Err("an expression joins too many values");
+        }
+        before = atom;
+        at += len;
     }
-    bytes.len()
+    Ok(bytes.len())
 }
 
-/// Length up to and with the `{% endraw %}` tag.
-fn raw_length(after: &str) -> usize {
-    let mut at = 0;
-    while let Some(open) = after[at..].find("{%") {
-        let start = at + open;
-        let end = start + closing(&after[start..], "%}");
-        if Tag::parse(&after[start..end]).is_some_and(|t| t.name == "endraw") {
-            return end;
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Atom {
+    Text,
+    Number(u64),
+    Other,
+}
+
+/// The token at the front and its length; only what the checks need to know is told apart.
+fn atom(text: &str) -> (Atom, usize) {
+    let bytes = text.as_bytes();
+    match bytes[0] {
+        quote @ (b'"' | b'\'') => {
+            let mut at = 1;
+            while at < bytes.len() && bytes[at] != quote {
+                at += if bytes[at] == b'\\' { 2 } else { 1 };
+            }
+            (Atom::Text, (at + 1).min(bytes.len()))
         }
-        at = start + 2;
+        b'0'..=b'9' => {
+            let len = text.find(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+            let len = len.unwrap_or(text.len());
+            (Atom::Number(text[..len].parse().unwrap_or(u64::MAX)), len)
+        }
+        b'*' if bytes.get(1) == Some(&b'*') => (Atom::Other, 2),
+        _ => {
+            let len = text.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(text.len());
+            (Atom::Other, len.max(text.chars().next().map_or(1, char::len_utf8)))
+        }
     }
-    after.len()
+}
+
+/// A list repeated is as long as the product says, and the engine builds it without a step for
+/// each item. Repeated text has a limit in the engine.
+fn check_left(before: Atom, repeated: &mut u64) -> Result<bool, &'static str> {
+    match before {
+        Atom::Text => Ok(true),
+        Atom::Number(n) if n <= REPEAT_MAX => multiply(n, repeated).map(|()| true),
+        _ => Ok(false),
+    }
+}
+
+fn check_times(times: Option<bool>, after: Atom, repeated: &mut u64) -> Result<(), &'static str> {
+    match (times, after) {
+        (None | Some(true), _) | (Some(false), Atom::Text) => Ok(()),
+        (Some(false), Atom::Number(n)) if n <= REPEAT_MAX => multiply(n, repeated),
+        (Some(false), _) => Err("only text, or values and a small number, can be multiplied"),
+    }
+}
+
+fn multiply(n: u64, repeated: &mut u64) -> Result<(), &'static str> {
+    *repeated = repeated.saturating_mul(n.max(1));
+    match *repeated > REPEAT_PRODUCT_MAX {
+        true => Err("values are multiplied too often"),
+        false => Ok(()),
+    }
+}
+
+/// Length of a whole `{% raw %}...{% endraw %}`.
+fn raw_length(from: &str) -> Option<usize> {
+    let mut at = 2 + usize::from(matches!(from.as_bytes().get(2), Some(b'-' | b'+')));
+    at += bare_tag(&from[at..], "raw")?;
+    while let Some(open) = from[at..].find("{%") {
+        at += open + 2;
+        let dash = usize::from(matches!(from.as_bytes().get(at), Some(b'-' | b'+')));
+        if let Some(end) = bare_tag(&from[at + dash..], "endraw") {
+            return Some(at + dash + end);
+        }
+    }
+    Some(from.len())
+}
+
+/// Length of ` name %}` at the front.
+fn bare_tag(text: &str, name: &str) -> Option<usize> {
+    let space = |t: &str| t.len() - t.trim_ascii_start().len();
+    let mut at = space(text);
+    at += text[at..].starts_with(name).then_some(name.len())?;
+    at += space(&text[at..]);
+    at += usize::from(text[at..].starts_with(['-', '+']));
+    text[at..].starts_with("%}").then_some(at + 2)
 }
 
 struct Tag<'a> {
@@ -225,3 +327,11 @@ fn top_level(text: &str, mut each: impl FnMut(usize, u8, usize)) {
         at += 1;
     }
 }
+
+/// Bytes of one tag. Public templates have tags of up to six thousand, nearly all of it text.
+const EXPRESSION_BYTES_MAX: usize = 16 << 10;
+/// `~` and `+` in one tag; public templates have up to eleven.
+const JOINS_MAX: usize = 64;
+const REPEAT_MAX: u64 = 1_000;
+/// Of all small numbers that a template multiplies with.
+const REPEAT_PRODUCT_MAX: u64 = 1_000_000;

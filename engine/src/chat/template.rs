@@ -77,7 +77,11 @@ impl ChatTemplate {
             return Err(TemplateError::TooLong { bytes: source.len() });
         }
         let mut env = environment();
-        env.add_template_owned(NAME, source::prepare(source)).map_err(|e| {
+        let prepared = source::prepare(source).map_err(|unbounded| TemplateError::Syntax {
+            line: unbounded.line,
+            reason: unbounded.reason.to_owned(),
+        })?;
+        env.add_template_owned(NAME, prepared).map_err(|e| {
             let line = e.line().unwrap_or(0);
             TemplateError::Syntax { line, reason: reason(&e) }
         })?;
@@ -169,8 +173,14 @@ fn environment() -> Environment<'static> {
     env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     env.set_formatter(format_counted);
     env.set_unknown_method_callback(method);
-    env.add_filter("tojson", |value: &Value, options: Kwargs| json::tojson(value, options));
+    env.add_filter("tojson", tojson);
     env.add_filter("replace", replace_filter);
+    env.add_filter("join", join_filter);
+    env.add_filter("indent", indent_filter);
+    env.add_filter("format", format_filter);
+    // these make long lists of nothing, and no chat template needs them
+    env.remove_filter("batch");
+    env.remove_filter("slice");
     // Python iterates over a string, and not over None
     env.add_test("iterable", |value: &Value| {
         value.kind() == ValueKind::String || (!value.is_none() && value.try_iter().is_ok())
@@ -224,7 +234,7 @@ fn has_calls(messages: &[Json]) -> bool {
 
 /// A message as templates expect it: text parts joined, arguments of calls as values instead of
 /// JSON text, reasoning under the name that templates read.
-fn adapted(message: &Json, arguments_as: Calls) -> Json {
+fn adapted(message: &Json, calls: Calls) -> Json {
     let mut message = message.clone();
     let Some(fields) = message.as_object_mut() else { return message };
     if let Some(Json::Array(parts)) = fields.get("content") {
@@ -245,8 +255,9 @@ fn adapted(message: &Json, arguments_as: Calls) -> Json {
         fields.insert("reasoning_content".to_owned(), reasoning);
     }
     for call in fields.get_mut("tool_calls").and_then(Json::as_array_mut).into_iter().flatten() {
-        let arguments = &mut call["function"]["arguments"];
-        if arguments_as == Calls::AsValues
+        let arguments = call.get_mut("function").and_then(|f| f.get_mut("arguments"));
+        if calls == Calls::AsValues
+            && let Some(arguments) = arguments
             && let Some(text) = arguments.as_str()
             && let Ok(value @ Json::Object(_)) = serde_json::from_str(text)
         {
@@ -336,7 +347,7 @@ impl minijinja::value::Object for SharedBudget {}
 
 impl Budget {
     fn new(input_bytes: usize) -> Self {
-        let string_bytes_max = (STRING_BYTES_MIN + 8 * input_bytes).min(TEMPLATE_OUTPUT_BYTES_MAX);
+        let string_bytes_max = (STRING_BYTES_MIN + 4 * input_bytes).min(TEMPLATE_OUTPUT_BYTES_MAX);
         Self {
             string_bytes_max,
             written: AtomicU64::new(0),
@@ -365,7 +376,7 @@ impl Budget {
             return Err(limit("builds a value that is too large or too deep"));
         }
         match value.kind() {
-            ValueKind::Seq => {
+            ValueKind::Seq | ValueKind::Iterable => {
                 for item in value.try_iter()? {
                     self.measure(&item, text_bytes, depth + 1)?;
                 }
@@ -430,18 +441,18 @@ fn method(
     args: &[Value],
 ) -> Result<Value, Error> {
     match (name, value.as_str(), args) {
-        ("replace", Some(text), [from, to, ..]) => check_replace(state, text, from, to)?,
-        ("join", Some(_), [items]) => with_budget(state, |budget| budget.check(items))?,
-        ("format", Some(text), _) if text.contains([':', '[']) => {
-            // widths and precisions in a format make text out of nothing
-            let digits = text.as_bytes().windows(6).any(|w| w.iter().all(u8::is_ascii_digit));
-            if digits {
-                return Err(limit("formats with an absurd width"));
-            }
-        }
+        ("replace", Some(text), [from, to, ..]) => charge_replace(state, text, from, to)?,
+        ("join", Some(between), [items]) => charge_join(state, items, between.len())?,
+        ("format", Some(text), args) => charge_format(state, text, args)?,
         _ => {}
     }
     minijinja_contrib::pycompat::unknown_method_callback(state, value, name, args)
+}
+
+fn tojson(state: &mut State<'_, '_>, value: &Value, options: Kwargs) -> Result<Value, Error> {
+    let text = json::tojson(value, options)?;
+    charge(state, text.as_str().map_or(0, str::len))?;
+    Ok(text)
 }
 
 fn replace_filter(
@@ -450,19 +461,127 @@ fn replace_filter(
     from: Value,
     to: Value,
 ) -> Result<String, Error> {
-    check_replace(state, &text, &from, &to)?;
+    charge_replace(state, &text, &from, &to)?;
     Ok(text.replace(&from.to_string(), &to.to_string()))
 }
 
-fn check_replace(state: &State<'_, '_>, text: &str, from: &Value, to: &Value) -> Result<(), Error> {
-    let (Some(from), Some(to)) = (from.as_str(), to.as_str()) else { return Ok(()) };
-    let grown = text.matches(from).count().saturating_mul(to.len()).saturating_add(text.len());
+fn join_filter(
+    state: &mut State<'_, '_>,
+    items: Value,
+    between: Option<Value>,
+    attribute: Option<String>,
+    options: Kwargs,
+) -> Result<Value, Error> {
+    let length = between.as_ref().and_then(Value::as_str).map_or(0, str::len);
+    charge_join(state, &items, length)?;
+    let between = match between {
+        Some(between) if between.as_str().is_some() => between.as_str().map(str::to_owned),
+        _ => None,
+    };
+    let attribute = match attribute {
+        Some(attribute) => Some(attribute),
+        None => options.get::<Option<String>>("attribute")?,
+    };
+    options.assert_all_used()?;
+    let mut text = String::new();
+    for (i, item) in items.try_iter()?.enumerate() {
+        if let (true, Some(between)) = (i > 0, &between) {
+            text.push_str(between);
+        }
+        let item = match &attribute {
+            Some(name) => item.get_attr(name)?,
+            None => item,
+        };
+        match item.as_str() {
+            Some(item) => text.push_str(item),
+            None => text.push_str(&item.to_string()),
+        }
+    }
+    Ok(Value::from(text))
+}
+
+fn indent_filter(
+    state: &mut State<'_, '_>,
+    text: String,
+    width: Option<usize>,
+    first: Option<bool>,
+    options: Kwargs,
+) -> Result<String, Error> {
+    let width = width.or(options.get::<Option<usize>>("width")?).unwrap_or(4);
+    let first = first.or(options.get::<Option<bool>>("first")?).unwrap_or(false);
+    let blank = options.get::<Option<bool>>("blank")?.unwrap_or(false);
+    options.assert_all_used()?;
+    let lines = 1 + text.matches('\n').count();
+    charge(state, lines.saturating_mul(width).saturating_add(text.len()))?;
+    let space = " ".repeat(width);
+    let indented = text.split('\n').enumerate().map(|(i, line)| {
+        let wanted = if i == 0 { first } else { blank || !line.is_empty() };
+        if wanted { format!("{space}{line}") } else { line.to_owned() }
+    });
+    Ok(indented.collect::<Vec<_>>().join("\n"))
+}
+
+fn format_filter(
+    state: &mut State<'_, '_>,
+    text: String,
+    args: Rest<Value>,
+) -> Result<String, Error> {
+    charge_format(state, &text, &args)?;
+    minijinja::formatting::format(minijinja::formatting::FormatStyle::Printf, &text, &args)
+}
+
+/// Refuses text that would be too long, and counts it.
+fn charge(state: &State<'_, '_>, bytes: usize) -> Result<(), Error> {
     with_budget(state, |budget| {
-        if grown > budget.string_bytes_max {
+        if bytes > budget.string_bytes_max {
             return Err(limit("builds a value that is too large or too deep"));
         }
-        Ok(())
+        budget.write(bytes)
     })
+}
+
+fn charge_replace(
+    state: &State<'_, '_>,
+    text: &str,
+    from: &Value,
+    to: &Value,
+) -> Result<(), Error> {
+    let (Some(from), Some(to)) = (from.as_str(), to.as_str()) else {
+        return with_budget(state, |budget| budget.check(from).and_then(|()| budget.check(to)));
+    };
+    let count = text.matches(from).count();
+    charge(state, count.saturating_mul(to.len()).saturating_add(text.len()))
+}
+
+fn charge_join(state: &State<'_, '_>, items: &Value, between: usize) -> Result<(), Error> {
+    let (mut bytes, mut count) = (0, 0usize);
+    with_budget(state, |budget| budget.measure(items, &mut bytes, 0))?;
+    if items.as_str().is_none() && items.len().is_none() {
+        // a lazy list: count it, which its measure did not
+        count = items.try_iter()?.take(STRING_BYTES_MIN).count();
+    }
+    let count = count.max(items.len().unwrap_or(0));
+    charge(state, count.saturating_mul(between).saturating_add(bytes))
+}
+
+/// Widths and precisions make text out of nothing: each number in the format counts as text, and
+/// each field as the longest argument.
+fn charge_format(state: &State<'_, '_>, text: &str, args: &[Value]) -> Result<(), Error> {
+    let mut longest = 0;
+    for arg in args {
+        let mut bytes = 0;
+        with_budget(state, |budget| budget.measure(arg, &mut bytes, 0))?;
+        longest = longest.max(bytes);
+        // `*` takes a width from the arguments
+        longest = longest.max(arg.as_usize().filter(|_| text.contains('*')).unwrap_or(0));
+    }
+    let numbers = text.split(|c: char| !c.is_ascii_digit()).filter(|n| !n.is_empty());
+    let widths = numbers
+        .map(|n| n.parse::<usize>().unwrap_or(usize::MAX))
+        .fold(0usize, usize::saturating_add);
+    let fields = text.matches(['%', '{']).count();
+    let bytes = fields.saturating_mul(longest.saturating_add(32));
+    charge(state, bytes.saturating_add(widths).saturating_add(text.len()))
 }
 
 fn raise_exception(message: Option<String>) -> Result<Value, Error> {
@@ -535,7 +654,8 @@ const BUDGET: &str = "__budget";
 const RECURSION_MAX: usize = 100;
 /// Nesting of values that are checked.
 const DEPTH_MAX: usize = 128;
-const STRING_BYTES_MIN: usize = 1 << 20;
+/// What a template may build for an empty chat; the longest public one writes 8 kB.
+const STRING_BYTES_MIN: usize = 128 << 10;
 const LOOKED_AT_MAX: u64 = 20_000_000;
 /// A rendering is stopped after this long; an ordinary one needs about a millisecond.
 const TIME_MAX: Duration = Duration::from_secs(5);

@@ -90,8 +90,8 @@ fn hostile_templates_end() {
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", ""),
         ("{% for x in [1] recursive %}{{ loop([1]) }}{% endfor %}", ""),
         ("{{ 'a' * 99999999 }}", "large"),
-        ("{% set x = 'a' * 1000000 %}{{ x | replace('a', x) }}", "large"),
-        ("{% set x = 'a' * 1000000 %}{{ x.replace('a', x) }}", "large"),
+        ("{% set x = 'a' * 100000 %}{{ x | replace('a', x) }}", "large"),
+        ("{% set x = 'a' * 100000 %}{{ x.replace('a', x) }}", "large"),
         (
             "{% for i in range(10000) %}{% for j in range(1000) %}{{ 'aaaaaaaaaaaaaaaa' }}\
           {% endfor %}{% endfor %}",
@@ -100,9 +100,19 @@ fn hostile_templates_end() {
         ("{% set x %}{% for i in range(10000) %}{{ 'a' * 100000 }}{% endfor %}{% endset %}", ""),
         ("{{ '{:9999999999}'.format(1) }}", ""),
         ("{{ messages | tojson(indent=99999999) }}", ""),
+        ("{{ '%99999999999d' | format(1) }}", "large"),
+        ("{{ ('%9999d' * 9999) | format(1) }}", "large"),
+        ("{{ '%*d' | format(99999999999, 1) }}", "large"),
+        ("{{ 'a' | indent(99999999999, true) }}", "large"),
+        ("{{ ('a' * 100000) | list | join('b' * 100000) }}", "large"),
+        ("{{ ('b' * 100000).join('a' * 100000) }}", "large"),
+        ("{{ ([1] * 99999999) | list | length }}", "multiplied"),
+        ("{{ '' ~ ([[[1] * 999] * 999] * 999) }}", "multiplied"),
+        ("{% set n = 99999999 %}{{ '' ~ ([1] * n) }}", "multiplied"),
+        ("{{ {'a': {}} | f('{#') }}{% set x = [1] * x %}{# #}", "multiplied"),
         ("{{ strftime_now('%Y' * 100000000) }}", ""),
         (
-            "{% with x = 'aaaa' * 200000 %}{% with y = x ~ x %}{% with x = y ~ y %}{% endwith %}\
+            "{% with x = 'aaaa' * 20000 %}{% with y = x ~ x %}{% with x = y ~ y %}{% endwith %}\
           {% endwith %}{% endwith %}",
             "large",
         ),

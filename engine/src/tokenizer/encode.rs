@@ -1,4 +1,5 @@
 use std::borrow::Cow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use protocol::TokenId;
 use tokenizers::tokenizer::pre_tokenizer::OffsetType;
@@ -42,9 +43,14 @@ impl Pipeline {
     ) -> Result<Vec<TokenId>, EncodeError> {
         match self {
             Self::ByteLevel(b) => Ok(b.encode(text, mark, add_special, parse_special)),
-            Self::Generic(g) => g
-                .encode(text, mark, add_special, parse_special)
-                .map_err(|e| EncodeError::Failed(e.to_string())),
+            // the crate indexes by what the file says, in its post-processors for one
+            Self::Generic(g) => {
+                let encode = || g.encode(text, mark, add_special, parse_special);
+                match catch_unwind(AssertUnwindSafe(encode)) {
+                    Ok(ids) => ids.map_err(|e| EncodeError::Failed(e.to_string())),
+                    Err(_) => Err(EncodeError::Failed("its parts do not fit".to_owned())),
+                }
+            }
         }
     }
 }
