@@ -2,6 +2,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
+use std::hash::{BuildHasherDefault, Hasher};
 
 use protocol::TokenId;
 
@@ -9,9 +10,10 @@ use protocol::TokenId;
 pub(super) struct Bpe {
     vocab: HashMap<Box<[u8]>, TokenId>,
     /// (left, right) to (rank, merged).
-    merges: HashMap<(TokenId, TokenId), (u32, TokenId)>,
-    /// Ids of single bytes; those that UTF-8 never has may be missing, then 0.
+    merges: HashMap<(TokenId, TokenId), (u32, TokenId), BuildHasherDefault<PairHasher>>,
     bytes: [TokenId; 256],
+    /// Bytes without a token: no id stands for them, as in the reference implementation.
+    missing: [bool; 256],
     /// A word that is a token is taken whole, whatever the merges say (Llama 3).
     whole_words: bool,
     longest: usize,
@@ -35,15 +37,16 @@ impl Bpe {
         whole_words: bool,
     ) -> Result<Self, BpeRefused> {
         let mut bytes = [0; 256];
+        let mut missing = [false; 256];
         for byte in 0..=255u8 {
             match vocab.get([byte].as_slice()) {
                 Some(&id) => bytes[byte as usize] = id,
-                // some vocabularies leave out the bytes that no text has
-                None if matches!(byte, 0xc0 | 0xc1 | 0xf5..) => {}
+                // some vocabularies leave out bytes that no text has, or hardly any
+                None if byte >= 0xc0 => missing[byte as usize] = true,
                 None => return Err(BpeRefused::NoByte(byte)),
             }
         }
-        let mut map = HashMap::with_capacity(merges.len());
+        let mut map = HashMap::with_capacity_and_hasher(merges.len(), Default::default());
         let mut merged = Vec::new();
         for (index, (left, right)) in merges.iter().enumerate() {
             merged.clear();
@@ -58,7 +61,7 @@ impl Bpe {
             map.insert((find(left)?, find(right)?), (index as u32, find(&merged)?));
         }
         let longest = vocab.keys().map(|k| k.len()).max().unwrap_or(0);
-        Ok(Self { vocab, merges: map, bytes, whole_words, longest })
+        Ok(Self { vocab, merges: map, bytes, missing, whole_words, longest })
     }
 
     /// Appends the ids of one pre-token. O(n log n) in its bytes.
@@ -70,7 +73,10 @@ impl Bpe {
             out.push(id);
             return;
         }
-        if word.len() <= SHORT_WORD {
+        if word.iter().any(|&byte| self.missing[byte as usize]) {
+            let known = word.iter().copied().filter(|&byte| !self.missing[byte as usize]);
+            self.merge_long(&known.collect::<Vec<u8>>(), out);
+        } else if word.len() <= SHORT_WORD {
             self.merge_short(word, out);
         } else {
             self.merge_long(word, out);
@@ -128,6 +134,26 @@ impl Bpe {
             consider(&list, &mut queue, left);
         }
         list.drain_into(out);
+    }
+}
+
+/// Two ids to a place in the table, by multiplication (Fibonacci hashing, Knuth 6.4). The keys are
+/// the model's, not a user's, so they need no secret.
+#[derive(Default)]
+struct PairHasher(u64);
+
+impl Hasher for PairHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|&byte| self.write_u32(byte.into()));
+    }
+
+    fn write_u32(&mut self, id: u32) {
+        self.0 = (self.0.rotate_left(29) ^ u64::from(id)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+
+    fn finish(&self) -> u64 {
+        // the table takes its bits from both ends
+        self.0 ^ (self.0 >> 32)
     }
 }
 
