@@ -107,7 +107,7 @@ impl ChatTemplate {
 
     /// Renders `input` and encodes it for the model of `tokenizer`. Strings in messages, tools,
     /// documents and variables are plain text and never become special tokens, whatever they look
-    /// like; keys and roles are the caller's.
+    /// like.
     ///
     /// # Errors
     /// The template refuses the messages, fails, or needs more than a rendering may use.
@@ -198,7 +198,7 @@ fn context(
     calls: Calls,
 ) -> Vec<(String, Value)> {
     let list = |items: &[Json]| -> Value {
-        items.iter().map(|item| protected(item, guard, None)).collect::<Vec<_>>().into()
+        items.iter().map(|item| protected(item, guard)).collect::<Vec<_>>().into()
     };
     let optional = |items: &[Json]| if items.is_empty() { Value::from(()) } else { list(items) };
     let special = |id: Option<TokenId>| {
@@ -206,11 +206,11 @@ fn context(
         Value::from(String::from_utf8_lossy(bytes).into_owned())
     };
     let messages: Vec<Value> =
-        input.messages.iter().map(|m| protected(&adapted(m, calls), guard, None)).collect();
+        input.messages.iter().map(|m| protected(&adapted(m, calls), guard)).collect();
     let mut values: Vec<(String, Value)> = input
         .variables
         .iter()
-        .map(|(name, value)| (name.clone(), protected(value, guard, None)))
+        .map(|(name, value)| (name.clone(), protected(value, guard)))
         .collect();
     values.push(("messages".to_owned(), messages.into()));
     values.push(("tools".to_owned(), optional(input.tools)));
@@ -267,16 +267,15 @@ fn adapted(message: &Json, calls: Calls) -> Json {
     message
 }
 
-fn protected(value: &Json, guard: &Guard, key: Option<&str>) -> Value {
+fn protected(value: &Json, guard: &Guard) -> Value {
     match value {
-        Json::String(text) if matches!(key, Some("role" | "type")) => Value::from(text.as_str()),
         Json::String(text) => Value::from(guard.protect(text)),
         Json::Array(items) => {
-            items.iter().map(|item| protected(item, guard, None)).collect::<Vec<_>>().into()
+            items.iter().map(|item| protected(item, guard)).collect::<Vec<_>>().into()
         }
-        Json::Object(fields) => Value::from_pairs(
-            fields.iter().map(|(k, v)| (guard.protect(k), protected(v, guard, Some(k)))),
-        ),
+        Json::Object(fields) => {
+            Value::from_pairs(fields.iter().map(|(k, v)| (guard.protect(k), protected(v, guard))))
+        }
         Json::Null => Value::from(()),
         Json::Bool(b) => Value::from(*b),
         Json::Number(n) => match (n.as_i64(), n.as_u64()) {
