@@ -246,10 +246,11 @@ impl<K: Fn() -> Instant> Shell<K> {
                 self.metrics.step_tokens.increment(report.tokens as u64);
             }
             stalled = report.tokens == 0 && events.is_empty();
+            // Before the events: whoever has seen an answer's end finds it in the gauges.
+            self.publish();
             for (request, event) in events.drain(..) {
                 self.deliver(request, event);
             }
-            self.publish();
         }
     }
 

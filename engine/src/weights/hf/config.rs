@@ -110,8 +110,13 @@ fn moe(json: &Object, architecture: Architecture) -> Result<Option<Moe>, ModelEr
                 let expected = "an empty array: experts in every layer";
                 return Err(json.wrong("mlp_only_layers", value, expected));
             }
+            // transformers 5 writes the second name.
+            let experts = match json.size("num_experts")? {
+                Some(experts) => Some(experts),
+                None => json.size("num_local_experts")?,
+            };
             Ok(Some(Moe {
-                experts: json.required_size("num_experts")?,
+                experts: experts.ok_or_else(|| json.missing("num_experts", "a whole number"))?,
                 experts_per_token: json.required_size("num_experts_per_tok")?,
                 intermediate: json.required_size("moe_intermediate_size")?,
                 norm_topk_prob: json.bool("norm_topk_prob")?.unwrap_or(false),
