@@ -175,7 +175,8 @@ def interleave(a, heads):
     return np.ascontiguousarray(a.reshape(heads, 2, -1, *a.shape[1:]).swapaxes(1, 2).reshape(a.shape))
 
 
-def write_gguf(path, name, arch, pre, model, vocabulary):
+def write_gguf(path, name, arch, pre, model, vocabulary, tensors=None):
+    """`tensors`: (GGUF name, f32 array) pairs instead of the model's own."""
     c = model.config
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     rope = c.rope_parameters
@@ -219,7 +220,7 @@ def write_gguf(path, name, arch, pre, model, vocabulary):
     w.add_chat_template(CHATML)
     if rope["rope_type"] == "llama3":
         w.add_tensor("rope_freqs.weight", llama3_factors(rope, head_dim))
-    for tensor, array in gguf_tensors(arch, model):
+    for tensor, array in tensors or gguf_tensors(arch, model):
         w.add_tensor(tensor, np.ascontiguousarray(array, np.float32))
     w.write_header_to_file()
     w.write_kv_data_to_file()
