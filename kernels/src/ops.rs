@@ -31,7 +31,7 @@ pub fn rms_norm(pool: &ThreadPool, isa: Isa, x: &[f32], weight: &[f32], eps: f32
 }
 
 /// [`rms_norm`] in place: the q/k norm with `x` of [tokens, heads, head_dim] and `weight` of
-/// [head_dim].
+/// `[head_dim]`.
 pub fn rms_norm_in_place(pool: &ThreadPool, isa: Isa, x: &mut [f32], weight: &[f32], eps: f32) {
     assert_rows(x.len(), weight.len());
     pool.run_chunks(x, chunk_len(weight.len()), |_, x| {

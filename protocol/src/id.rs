@@ -26,7 +26,7 @@ impl TenantId {
         TenantId("local".to_owned())
     }
 
-    /// A tenant by name: 1 to [`TENANT_BYTES_MAX`] bytes of `[A-Za-z0-9._-]`.
+    /// A tenant by name: 1 to 128 bytes of `[A-Za-z0-9._-]`.
     pub fn new(name: &str) -> Option<Self> {
         let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
         let fits = (1..=TENANT_BYTES_MAX).contains(&name.len());

@@ -1,5 +1,5 @@
 //! What every part of Grapevine says to the others: ids, virtual time, the [`Machine`] trait and,
-//! behind the feature `api`, the types of the OpenAI-compatible API with the one [`ErrorCode`].
+//! behind the feature `api`, the types of the OpenAI-compatible API with the one `ErrorCode`.
 //!
 //! Refuses: IO, clocks, threads, ambient randomness and policy.
 

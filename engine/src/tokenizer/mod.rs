@@ -1,7 +1,7 @@
 //! Text to token ids and back, for `tokenizer.json` and for GGUF metadata.
 //!
 //! Owns: the two encoders (the `tokenizers` crate's pipeline for byte-level BPE and everything a
-//! `tokenizer.json` can say, [`spm`] for SentencePiece vocabularies in GGUF files), the bytes of
+//! `tokenizer.json` can say, `spm` for SentencePiece vocabularies in GGUF files), the bytes of
 //! each token, the incremental [`Detokenizer`], and the rule that **text of a user never becomes
 //! a special token** ([`Guard`]).
 //!

@@ -24,7 +24,7 @@ impl KvDtype {
 }
 
 /// Shape of the blocks of a model. A block is one contiguous payload of
-/// [layer][k, v][kv_head][token][head_dim] in native (little) byte order, blocks are back to back.
+/// `[layer][k, v][kv_head][token][head_dim]` in native (little) byte order, blocks are back to back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvLayout {
     pub layers: usize,
