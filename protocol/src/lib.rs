@@ -6,10 +6,11 @@
 mod id;
 mod machine;
 mod time;
+pub mod wire;
 
 #[cfg(feature = "api")]
 pub mod api;
 
-pub use id::{RequestId, SequenceId, TenantId, TokenId};
+pub use id::{BadId, MeshId, NodeId, RequestId, SequenceId, TenantId, TokenId};
 pub use machine::Machine;
 pub use time::{Duration, Instant};
