@@ -3,8 +3,10 @@
 //!
 //! Refuses: IO, clocks, threads, ambient randomness and policy.
 
+pub mod forward;
 mod id;
 mod machine;
+pub mod node_record;
 mod time;
 pub mod wire;
 
