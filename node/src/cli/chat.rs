@@ -29,30 +29,60 @@ pub async fn chat(args: &ChatArgs) -> anyhow::Result<()> {
         }
         return Ok(());
     }
+    talk(&mut conversation, &args.endpoint.endpoint).await
+}
+
+/// One message for each line of the standard input, until it ends.
+async fn talk(conversation: &mut Conversation, endpoint: &str) -> anyhow::Result<()> {
     let interactive = std::io::stdin().is_terminal();
     if interactive {
         println!(
-            "{} at {}. An empty line or Ctrl-D ends.",
-            conversation.model, args.endpoint.endpoint
+            "{} at {endpoint}. Ctrl-C stops an answer, Ctrl-D ends the chat.",
+            conversation.model
         );
     }
+    let mut lines = input_lines();
     loop {
         if interactive {
             print!("> ");
             std::io::stdout().flush()?;
         }
-        let Some(line) =
-            tokio::task::spawn_blocking(|| std::io::stdin().lock().lines().next()).await?
-        else {
+        let line = tokio::select! {
+            line = lines.recv() => line,
+            interrupted = tokio::signal::ctrl_c() => {
+                interrupted?;
+                None
+            }
+        };
+        let Some(line) = line.transpose()? else {
+            if interactive {
+                println!();
+            }
             return Ok(());
         };
-        let line = line?;
         if line.trim().is_empty() {
-            return Ok(());
+            continue;
         }
-        conversation.say(&line, true).await?;
-        println!();
+        match conversation.say(&line, true).await {
+            Ok(_) => println!(),
+            // One failed answer must not cost the conversation.
+            Err(error) if interactive => eprintln!("\n{error:#}"),
+            Err(error) => return Err(error),
+        }
     }
+}
+
+/// Lines as they are typed. A thread of its own: a read of the terminal cannot be taken back.
+fn input_lines() -> tokio::sync::mpsc::Receiver<std::io::Result<String>> {
+    let (lines, receiver) = tokio::sync::mpsc::channel(1);
+    std::thread::spawn(move || {
+        for line in std::io::stdin().lock().lines() {
+            if lines.blocking_send(line).is_err() {
+                return;
+            }
+        }
+    });
+    receiver
 }
 
 /// A conversation that remembers what was said.
@@ -87,9 +117,24 @@ impl Conversation {
         }
     }
 
-    /// Sends a message and gives the answer, written to the terminal as it comes if `show`.
+    /// Sends a message and gives the answer, written to the terminal as it comes if `show`; then
+    /// Ctrl-C stops it, and what was said until then is the answer. After an error it is as if the
+    /// message had not been sent.
     pub async fn say(&mut self, message: &str, show: bool) -> anyhow::Result<String> {
         self.messages.push(json!({ "role": "user", "content": message }));
+        match self.answer(show).await {
+            Ok(answer) => {
+                self.messages.push(json!({ "role": "assistant", "content": answer }));
+                Ok(answer)
+            }
+            Err(error) => {
+                self.messages.pop();
+                Err(error)
+            }
+        }
+    }
+
+    async fn answer(&self, show: bool) -> anyhow::Result<String> {
         let mut body = json!({ "model": self.model, "messages": self.messages, "stream": true });
         if let Some(temperature) = self.temperature {
             body["temperature"] = json!(temperature);
@@ -97,18 +142,24 @@ impl Conversation {
         if let Some(tokens) = self.max_tokens {
             body["max_completion_tokens"] = json!(tokens);
         }
-        let mut stream = self.client.stream("/v1/chat/completions", &body).await?;
         let mut answer = String::new();
-        while let Some(event) = stream.next().await? {
-            let delta = event["choices"][0]["delta"]["content"].as_str().unwrap_or_default();
-            if show {
-                let mut out = std::io::stdout();
-                out.write_all(delta.as_bytes())?;
-                out.flush()?;
+        let receive = async {
+            let mut stream = self.client.stream("/v1/chat/completions", &body).await?;
+            while let Some(event) = stream.next().await? {
+                let delta = event["choices"][0]["delta"]["content"].as_str().unwrap_or_default();
+                if show {
+                    let mut out = std::io::stdout();
+                    out.write_all(delta.as_bytes())?;
+                    out.flush()?;
+                }
+                answer.push_str(delta);
             }
-            answer.push_str(delta);
+            anyhow::Ok(())
+        };
+        tokio::select! {
+            received = receive => received?,
+            interrupted = tokio::signal::ctrl_c(), if show => interrupted?,
         }
-        self.messages.push(json!({ "role": "assistant", "content": answer }));
         Ok(answer)
     }
 }
