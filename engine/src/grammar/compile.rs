@@ -111,7 +111,7 @@ fn measure(value: &Value, depth: usize, deepest: &mut usize, enum_values: &mut u
     }
 }
 
-/// With room for indentation, but not for a model that writes spaces for ever.
+/// With room for indentation as models write it, but not for one that writes spaces for ever.
 fn loose(schema: &Value) -> Value {
     with_options(schema, json!({ "whitespace_pattern": WHITESPACE }))
 }
@@ -208,6 +208,8 @@ fn arguments_schema(schema: &Value) -> Value {
 
 /// Enough for the deepest text within [`SPEC_BYTES_MAX`]; only what is used takes memory.
 const STACK_BYTES: usize = 256 << 20;
-const WHITESPACE: &str = r"[\x20\x0A\x0D\x09]{1,40}";
+/// Between two tokens of JSON: one space, or one line break with an indentation of spaces or tabs.
+/// Everything that models write when they are free fits: compact, `json.dumps`, pretty-printed.
+const WHITESPACE: &str = r"\x20|\r?\n(\x20{0,64}|\t{0,32})";
 /// Calls in one answer.
 const CALLS_MAX: usize = 32;

@@ -9,6 +9,7 @@
 //!
 //! A mask costs no more than about 30 ms on one core (llguidance's fuel), usually under one.
 
+mod cache;
 mod compile;
 mod env;
 mod spec;
@@ -17,6 +18,7 @@ use llguidance::toktrie::SimpleVob;
 use protocol::TokenId;
 use thiserror::Error;
 
+pub use cache::{GRAMMARS_KEPT_MAX, GrammarCache};
 pub use env::TokenizerEnv;
 pub use spec::{GrammarSpec, ToolGrammar};
 
@@ -58,6 +60,11 @@ impl Grammar {
     /// [`GrammarError::Refused`] and [`GrammarError::TooLarge`], both the caller's fault.
     pub fn compile(env: &TokenizerEnv, spec: &GrammarSpec) -> Result<Self, GrammarError> {
         Ok(Self { start: compile::compile(env, spec)? })
+    }
+
+    /// The same, sharing nothing: clones of one grammar also share what the lexer learns.
+    fn apart(&self) -> Self {
+        Self { start: self.start.deep_clone() }
     }
 
     /// A matcher before the first token.

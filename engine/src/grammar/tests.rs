@@ -43,9 +43,20 @@ fn check(spec: GrammarSpec, good: &[&str], bad: &[&str]) {
 
 #[test]
 fn json_object() {
-    let good = ["{}", r#"{"a": [1, {"b": null}]}"#, "{\n  \"hello\": \"w\u{e9}\"\n}"];
-    let spaces = format!("{{{}}}", " ".repeat(100));
-    check(GrammarSpec::JsonObject, &good, &["[]", "1", r#"{"a""#, "", r#"{"a":1}x"#, &spaces]);
+    let good = [
+        "{}",
+        "{\"a\": [1, {\"b\": null}]}",
+        "{\"a\":[1,{\"b\":null}]}",
+        "{ \"a\": [ 1 ] }",
+        "{\n  \"hello\": \"w\u{e9}\"\n}",
+        "{\r\n\t\"a\": [\r\n\t\t1\r\n\t]\r\n}",
+        "{\n    \"a\": {\n        \"b\": [\n            1,\n            2\n        ]\n    }\n}",
+    ];
+    let endless = ["  ", "\n\n", "\t", " \n", "\r", &format!("\n{}", " ".repeat(65))]
+        .map(|space| format!("{{{space}}}"));
+    let bad = ["[]", "1", "{\"a\"", "", "{\"a\":1}x", "{\"a\":  1}", "{\"a\" \n: 1}"];
+    let bad: Vec<&str> = bad.into_iter().chain(endless.iter().map(String::as_str)).collect();
+    check(GrammarSpec::JsonObject, &good, &bad);
 }
 
 #[test]
