@@ -107,7 +107,7 @@ impl ChatTemplate {
 
     /// Renders `input` and encodes it for the model of `tokenizer`. Strings in messages, tools,
     /// documents and variables are plain text and never become special tokens, whatever they look
-    /// like.
+    /// like; outside of system and assistant messages, neither markers of the template.
     ///
     /// # Errors
     /// The template refuses the messages, fails, or needs more than a rendering may use.
@@ -117,7 +117,7 @@ impl ChatTemplate {
         input: &ChatInput<'_>,
     ) -> Result<Prompt, TemplateError> {
         let strings = Strings::of(input);
-        let guard = Guard::new(tokenizer, strings.all().chain([&*self.source]))?;
+        let guard = Guard::for_template(tokenizer, &self.source, strings.all())?;
         let budget = Arc::new(Budget::new(strings.bytes));
         let text = match self.render_guarded(tokenizer, input, &guard, &budget, Calls::AsValues) {
             // most templates want the arguments of calls as values, a few as JSON text
@@ -198,19 +198,25 @@ fn context(
     calls: Calls,
 ) -> Vec<(String, Value)> {
     let list = |items: &[Json]| -> Value {
-        items.iter().map(|item| protected(item, guard)).collect::<Vec<_>>().into()
+        let protected = |item| protected(item, &|text| guard.protect(text));
+        items.iter().map(protected).collect::<Vec<_>>().into()
     };
     let optional = |items: &[Json]| if items.is_empty() { Value::from(()) } else { list(items) };
     let special = |id: Option<TokenId>| {
         let bytes = id.map(|id| tokenizer.token_bytes(id)).unwrap_or_default();
         Value::from(String::from_utf8_lossy(bytes).into_owned())
     };
-    let messages: Vec<Value> =
-        input.messages.iter().map(|m| protected(&adapted(m, calls), guard)).collect();
+    let message = |message: &Json| match message["role"].as_str() {
+        Some("assistant" | "system" | "developer") => {
+            protected(&adapted(message, calls), &|text| guard.protect_trusted(text))
+        }
+        _ => protected(&adapted(message, calls), &|text| guard.protect(text)),
+    };
+    let messages: Vec<Value> = input.messages.iter().map(message).collect();
     let mut values: Vec<(String, Value)> = input
         .variables
         .iter()
-        .map(|(name, value)| (name.clone(), protected(value, guard)))
+        .map(|(name, value)| (name.clone(), protected(value, &|text| guard.protect(text))))
         .collect();
     values.push(("messages".to_owned(), messages.into()));
     values.push(("tools".to_owned(), optional(input.tools)));
@@ -267,14 +273,14 @@ fn adapted(message: &Json, calls: Calls) -> Json {
     message
 }
 
-fn protected(value: &Json, guard: &Guard) -> Value {
+fn protected(value: &Json, protect: &dyn Fn(&str) -> String) -> Value {
     match value {
-        Json::String(text) => Value::from(guard.protect(text)),
+        Json::String(text) => Value::from(protect(text)),
         Json::Array(items) => {
-            items.iter().map(|item| protected(item, guard)).collect::<Vec<_>>().into()
+            items.iter().map(|item| protected(item, protect)).collect::<Vec<_>>().into()
         }
         Json::Object(fields) => {
-            Value::from_pairs(fields.iter().map(|(k, v)| (guard.protect(k), protected(v, guard))))
+            Value::from_pairs(fields.iter().map(|(k, v)| (protect(k), protected(v, protect))))
         }
         Json::Null => Value::from(()),
         Json::Bool(b) => Value::from(*b),

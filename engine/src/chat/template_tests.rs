@@ -66,6 +66,39 @@ fn users_write_no_special_tokens() {
 }
 
 #[test]
+fn users_write_no_markers_of_the_template() {
+    let mut metadata = sample::metadata();
+    let id = |text: &str| metadata.tokens.iter().position(|t| t == text).expect("a token");
+    let (call, args) = (id("[TOOL_CALLS]"), id("[ARGS]"));
+    metadata.token_types[call] = 4;
+    metadata.token_types[args] = 4;
+    let tokenizer = Tokenizer::from_gguf(&metadata).expect("consistent");
+    let template = "[TOOL_CALLS]{% for m in messages %}{{ m.role }} {{ m.content }}\n{% endfor %}";
+    let template = ChatTemplate::new(template).expect("compiles");
+    let markers = |role: &str, content: &str| {
+        let messages = [json!({"role": role, "content": content})];
+        let input = ChatInput {
+            messages: &messages,
+            tools: &[],
+            documents: &[],
+            add_generation_prompt: true,
+            variables: &Map::new(),
+            now: Calendar::from_unix_s(0),
+        };
+        let prompt = template.render(&tokenizer, &input).expect("renders");
+        assert!(prompt.text.contains(content), "{}", prompt.text);
+        let count = |id: usize| prompt.tokens.iter().filter(|&&t| t as usize == id).count();
+        (count(call), count(args))
+    };
+    let text = "a [TOOL_CALLS] b [ARGS]";
+    // what the template does not write has no meaning that could be borrowed
+    assert_eq!(markers("user", text), (1, 1));
+    assert_eq!(markers("tool", text), (1, 1));
+    assert_eq!(markers("assistant", text), (2, 1));
+    assert_eq!(markers("system", text), (2, 1));
+}
+
+#[test]
 fn hostile_templates_end() {
     let double = "{% set x = 'aaaaaaaa' %}".to_owned() + &"{% set x = x ~ x %}".repeat(64);
     let cases = [
@@ -123,7 +156,9 @@ fn hostile_templates_end() {
             Ok(prompt) => assert!(expect.is_empty() && prompt.text.len() < 1 << 20, "{shown}"),
             Err(error) => {
                 let error = error.to_string();
-                assert!(error.contains(expect) && error.len() < 1_000, "{shown}: {error}");
+                // a busy machine meets the limit of time before any other
+                let stopped = error.contains(expect) || error.contains("takes too long");
+                assert!(stopped && error.len() < 1_000, "{shown}: {error}");
             }
         }
     }

@@ -11,7 +11,7 @@ use super::error::TokenizerError;
 use super::pieces::Pieces;
 use super::split::Splitter;
 use super::spm::{SPACE, Spm};
-use super::{Encoder, Inner, Tokenizer, VOCAB_MAX};
+use super::{Encoder, Inner, Tokenizer, VOCAB_MAX, markers};
 use crate::weights::GgufTokenizer;
 
 impl Tokenizer {
@@ -141,6 +141,8 @@ fn sentence_piece(parts: &GgufTokenizer) -> Result<Tokenizer, TokenizerError> {
 
 fn finish(parts: &GgufTokenizer, encoder: Encoder, pieces: Pieces) -> Tokenizer {
     let special_texts = pieces.special_texts();
+    let added = (0..parts.tokens.len()).filter(|&id| kind(parts, id) == USER_DEFINED);
+    let marker_texts = markers(added.map(|id| parts.tokens[id].as_str()));
     let ends = [parts.eos, parts.eot, parts.eom].into_iter().flatten();
     let end_of_generation = end_of_generation(&pieces, ends);
     Tokenizer(Arc::new(Inner {
@@ -150,6 +152,7 @@ fn finish(parts: &GgufTokenizer, encoder: Encoder, pieces: Pieces) -> Tokenizer 
         eos: parts.eos,
         end_of_generation,
         special_texts,
+        marker_texts,
     }))
 }
 

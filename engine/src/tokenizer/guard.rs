@@ -11,6 +11,12 @@
 //! never matches. Strings without lookalikes are untouched: comparing, trimming, searching and
 //! measuring them gives what it gives in transformers.
 //!
+//! *Markers* (`<think>`, `<tool_call>` of some models) are tokens that a vocabulary adds without
+//! calling them special. They match in plain text, as in transformers, but a template that writes
+//! them gives them a meaning that its user must not borrow. So a guard for a template also breaks
+//! those markers that stand in its source, in every text but those of the application and of the
+//! model itself: a system prompt may speak of `<think>`, and an earlier answer holds its own.
+//!
 //! Limits. A template that takes text apart between two characters of a lookalike (by slicing or
 //! looping over characters) can lose a mark, and one that writes the beginning of a special token
 //! itself, directly before user text, completes it with that text (some write
@@ -24,6 +30,7 @@ use super::Tokenizer;
 pub struct Guard {
     mark: char,
     specials: Vec<String>,
+    markers: Vec<String>,
 }
 
 /// Why no guard was made.
@@ -39,11 +46,24 @@ impl Guard {
         tokenizer: &Tokenizer,
         inputs: impl IntoIterator<Item = &'a str>,
     ) -> Result<Self, GuardError> {
-        Self::with_specials(tokenizer.special_texts().to_vec(), inputs)
+        Self::with_texts(tokenizer.special_texts().to_vec(), Vec::new(), inputs)
     }
 
-    pub(crate) fn with_specials<'a>(
+    /// A guard that also knows the markers in `source`, a template.
+    pub fn for_template<'a>(
+        tokenizer: &Tokenizer,
+        source: &'a str,
+        inputs: impl IntoIterator<Item = &'a str>,
+    ) -> Result<Self, GuardError> {
+        let written = |text: &&String| source.contains(text.as_str());
+        let markers = tokenizer.marker_texts().iter().filter(written).cloned().collect();
+        let inputs = inputs.into_iter().chain([source]);
+        Self::with_texts(tokenizer.special_texts().to_vec(), markers, inputs)
+    }
+
+    fn with_texts<'a>(
         specials: Vec<String>,
+        markers: Vec<String>,
         inputs: impl IntoIterator<Item = &'a str>,
     ) -> Result<Self, GuardError> {
         let mut used = vec![0u64; MARKS.len() / 64 + 1];
@@ -62,15 +82,24 @@ impl Guard {
             used[at / 64] >> (at % 64) & 1 == 0
         });
         let mark = free.and_then(char::from_u32).ok_or(GuardError::NoFreeMark)?;
-        Ok(Self { mark, specials })
+        Ok(Self { mark, specials, markers })
     }
 
-    /// `text` with every special-token lookalike broken by the mark.
+    /// `text` with every lookalike of a special token or a marker broken by the mark.
     pub fn protect(&self, text: &str) -> String {
+        self.broken(text, &[&self.specials, &self.markers])
+    }
+
+    /// The same for a text of the application or of the model, which may hold markers.
+    pub fn protect_trusted(&self, text: &str) -> String {
+        self.broken(text, &[&self.specials])
+    }
+
+    fn broken(&self, text: &str, lookalikes: &[&Vec<String>]) -> String {
         let mut out = String::with_capacity(text.len());
         for (at, c) in text.char_indices() {
             out.push(c);
-            if self.begins_special(&text[at..], c) {
+            if lookalikes.iter().any(|texts| begins_one(&text[at..], c, texts)) {
                 out.push(self.mark);
             }
         }
@@ -85,12 +114,12 @@ impl Guard {
     pub(crate) fn mark(&self) -> char {
         self.mark
     }
+}
 
-    fn begins_special(&self, rest: &str, first: char) -> bool {
-        self.specials
-            .iter()
-            .any(|s| s.starts_with(first) && (rest.starts_with(s.as_str()) || s.starts_with(rest)))
-    }
+fn begins_one(rest: &str, first: char, texts: &[String]) -> bool {
+    texts
+        .iter()
+        .any(|s| s.starts_with(first) && (rest.starts_with(s.as_str()) || s.starts_with(rest)))
 }
 
 /// Supplementary private use area B.
@@ -102,7 +131,7 @@ mod tests {
 
     fn guard() -> Guard {
         let specials = ["<|im_start|>", "<|im_end|>", "[INST]", "x"].map(String::from).to_vec();
-        Guard::with_specials(specials, ["plain"]).expect("free marks")
+        Guard::with_texts(specials, vec!["<think>".to_owned()], ["plain"]).expect("free marks")
     }
 
     #[test]
@@ -124,6 +153,20 @@ mod tests {
     }
 
     #[test]
+    fn markers_are_broken_where_they_are_not_trusted() {
+        let guard = guard();
+        let m = guard.mark();
+        for (text, user, trusted) in [
+            ("a <think> b", format!("a <{m}think> b"), "a <think> b".to_owned()),
+            ("<think", format!("<{m}think"), "<think".to_owned()),
+            ("<|im_end|>", format!("<{m}|im_end|>"), format!("<{m}|im_end|>")),
+        ] {
+            assert_eq!(guard.protect(text), user);
+            assert_eq!(guard.protect_trusted(text), trusted);
+        }
+    }
+
+    #[test]
     fn joined_halves_do_not_form_a_special() {
         let guard = guard();
         for at in 1.."<|im_start|>".len() {
@@ -135,10 +178,10 @@ mod tests {
     #[test]
     fn takes_a_mark_that_no_input_has() {
         let text = "\u{100000}\u{100001}";
-        let guard = Guard::with_specials(vec![], [text]).expect("free marks");
+        let guard = Guard::with_texts(vec![], vec![], [text]).expect("free marks");
         assert_eq!(guard.mark(), '\u{100002}');
         let all: String = MARKS.filter_map(char::from_u32).collect();
-        let refused = Guard::with_specials(vec![], [all.as_str()]);
+        let refused = Guard::with_texts(vec![], vec![], [all.as_str()]);
         assert_eq!(refused.err(), Some(GuardError::NoFreeMark));
     }
 }

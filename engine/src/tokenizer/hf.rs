@@ -16,7 +16,7 @@ use super::gguf::{byte_piece, end_of_generation};
 use super::pieces::Pieces;
 use super::split::{GPT2, Splitter};
 use super::spm::SPACE;
-use super::{Encoder, Inner, Tokenizer, VOCAB_MAX};
+use super::{Encoder, Inner, Tokenizer, VOCAB_MAX, markers};
 use crate::weights::HfTokenizer;
 
 #[derive(Deserialize)]
@@ -126,12 +126,15 @@ fn finish(encoder: Pipeline, pieces: Pieces, files: &HfTokenizer, file: &File<'_
     let end_of_generation = end_of_generation(&pieces, ends);
     let bos = named("bos_token").or(files.bos_id.filter(known));
     let special_texts = pieces.special_texts();
+    let ordinary = file.added_tokens.iter().filter(|t| !t.special);
+    let marker_texts = markers(ordinary.map(|t| t.content.as_str()));
     Tokenizer(Arc::new(Inner {
         encoder: Encoder::Pipeline(Box::new(encoder)),
         bos,
         eos: eos_token,
         end_of_generation,
         special_texts,
+        marker_texts,
         pieces,
     }))
 }

@@ -11,7 +11,8 @@
 //! A *special* token is what the vocabulary declares as such: `special: true` in
 //! `tokenizer.json`, type control or unknown in GGUF. Tokens that a vocabulary adds without that
 //! mark (runs of spaces, `<think>` of some models) are ordinary vocabulary and match in any text,
-//! as in transformers with `split_special_tokens=True`.
+//! as in transformers with `split_special_tokens=True`. In a chat, those of them that the model's
+//! template writes as markers are kept out of the text of users too ([`Guard`]).
 
 mod bpe;
 mod detokenizer;
@@ -48,6 +49,7 @@ struct Inner {
     end_of_generation: Vec<TokenId>,
     /// Contents of the special tokens, longest first.
     special_texts: Vec<String>,
+    marker_texts: Vec<String>,
 }
 
 enum Encoder {
@@ -150,6 +152,11 @@ impl Tokenizer {
         &self.0.special_texts
     }
 
+    /// Texts of tokens that are not special and look like markup: `<think>`, `[ARGS]`.
+    pub fn marker_texts(&self) -> &[String] {
+        &self.0.marker_texts
+    }
+
     /// True when a decoded text loses one leading space (SentencePiece with a space prefix).
     pub(crate) fn strips_leading_space(&self) -> bool {
         self.0.pieces.strips_leading_space()
@@ -164,6 +171,13 @@ impl std::fmt::Debug for Tokenizer {
             .field("eos", &self.eos())
             .finish_non_exhaustive()
     }
+}
+
+/// Those of the added tokens that are written like markup, in one bracket without a space.
+fn markers<'a>(added: impl IntoIterator<Item = &'a str>) -> Vec<String> {
+    let brackets = |text: &str| matches!(text.as_bytes(), [b'<', .., b'>'] | [b'[', .., b']']);
+    let plain = |text: &&str| brackets(text) && !text.contains(char::is_whitespace);
+    added.into_iter().filter(plain).map(str::to_owned).collect()
 }
 
 /// Highest number of ids. The largest public vocabularies have 262,144; more than this is a
