@@ -1,10 +1,6 @@
-//! Any bytes as a GGUF: a model or a sentence, never a panic.
 #![no_main]
 
-use engine::weights::ModelSource;
-use engine::weights::testing::exercise;
+use grapevine_engine_fuzz::{files, let_caught_panics_pass};
 use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|bytes: &[u8]| {
-    exercise(ModelSource::from_bytes("fuzz.gguf", bytes.to_vec()));
-});
+fuzz_target!(init: let_caught_panics_pass(), |bytes: &[u8]| files::gguf(bytes));

@@ -6,7 +6,7 @@ use engine::tokenizer::Tokenizer;
 use engine::weights::HfTokenizer;
 use serde_json::{Map, Value, json};
 
-use super::{goldens, hf};
+use super::goldens::{gguf_metadata, goldens, hf};
 
 /// PCG without its permutation: enough to choose places.
 struct Dice(u64);
@@ -116,7 +116,7 @@ fn damaged_metadata() {
     for name in ["llama3", "spm"] {
         let mut dice = Dice(3);
         for _ in 0..150 {
-            let mut metadata = super::gguf_metadata(&goldens[name]);
+            let mut metadata = gguf_metadata(&goldens[name]);
             for _ in 0..1 + dice.roll(3) {
                 let at = dice.roll(metadata.tokens.len());
                 match dice.roll(7) {
