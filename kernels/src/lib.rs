@@ -4,6 +4,13 @@
 //! Owns every `unsafe` line of the project. Refuses to know about models, files or requests: it
 //! sees slices and shapes. Every kernel gives the same bits whatever the number of tokens in the
 //! call, their order and the number of threads, so that batching can never change an answer.
+//!
+//! The tests run under Miri too, which has no vector instructions, so on the scalar kernels and the
+//! thread pool, with small shapes:
+//!
+//! ```sh
+//! MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test -p grapevine-kernels
+//! ```
 
 mod arch;
 pub mod attention;

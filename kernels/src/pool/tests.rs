@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicU32;
 fn each_task_runs_exactly_once() {
     for threads in [1, 2, 3, 8] {
         let pool = ThreadPool::new(threads);
-        for tasks in [0, 1, 2, 3, 7, 64, 1000] {
+        for tasks in [0, 1, 2, 3, 7, 64, if cfg!(miri) { 65 } else { 1000 }] {
             let counts: Vec<AtomicU32> = (0..tasks).map(|_| AtomicU32::new(0)).collect();
             pool.run(tasks, &|i| {
                 counts[i].fetch_add(1, Ordering::Relaxed);
@@ -19,21 +19,22 @@ fn each_task_runs_exactly_once() {
 fn many_regions_see_each_others_writes() {
     let pool = ThreadPool::new(4);
     let mut data = vec![0u64; 37];
-    for round in 0..20_000u64 {
+    let rounds = if cfg!(miri) { 30 } else { 20_000 };
+    for round in 0..rounds {
         pool.run_chunks(&mut data, 1 + (round % 5) as usize, |_, piece| {
             for x in piece {
                 *x = x.wrapping_mul(3).wrapping_add(round);
             }
         });
     }
-    let want = (0..20_000u64).fold(0u64, |x, r| x.wrapping_mul(3).wrapping_add(r));
+    let want = (0..rounds).fold(0u64, |x, r| x.wrapping_mul(3).wrapping_add(r));
     assert!(data.iter().all(|&x| x == want));
 }
 
 #[test]
 fn regions_after_the_threads_have_parked() {
     let pool = ThreadPool::new(3);
-    for _ in 0..50 {
+    for _ in 0..ROUNDS {
         while !pool.shared.parked.iter().all(|p| p.0.load(Ordering::SeqCst)) {
             thread::yield_now();
         }
@@ -49,7 +50,7 @@ fn regions_after_the_threads_have_parked() {
 fn the_caller_parks_for_a_long_task_and_is_woken() {
     let pool = ThreadPool::new(2);
     let of_caller = thread::current().id();
-    for _ in 0..20 {
+    for _ in 0..ROUNDS {
         let begun = AtomicBool::new(false);
         pool.run(2, &|_| {
             if thread::current().id() == of_caller {
@@ -107,10 +108,11 @@ fn nested_regions_run_inline() {
 fn concurrent_callers_take_turns() {
     let pool = ThreadPool::new(3);
     let total = AtomicUsize::new(0);
+    let regions = if cfg!(miri) { 10 } else { 500 };
     thread::scope(|scope| {
         for _ in 0..4 {
             scope.spawn(|| {
-                for _ in 0..500 {
+                for _ in 0..regions {
                     pool.run(6, &|i| {
                         total.fetch_add(i, Ordering::Relaxed);
                     });
@@ -118,7 +120,7 @@ fn concurrent_callers_take_turns() {
             });
         }
     });
-    assert_eq!(total.into_inner(), 4 * 500 * 15);
+    assert_eq!(total.into_inner(), 4 * regions * 15);
 }
 
 #[test]
@@ -141,7 +143,7 @@ fn run_chunks2_refuses_slices_that_do_not_match() {
 
 #[test]
 fn dropping_joins_parked_and_spinning_threads() {
-    for round in 0..50 {
+    for round in 0..ROUNDS {
         let pool = ThreadPool::new(4);
         if round % 2 == 0 {
             pool.run(4, &|_| {});
@@ -149,3 +151,6 @@ fn dropping_joins_parked_and_spinning_threads() {
         drop(pool);
     }
 }
+
+/// Miri is some thousand times slower than the CPU.
+const ROUNDS: usize = if cfg!(miri) { 4 } else { 50 };

@@ -20,6 +20,10 @@ fn exp(isa: Isa, values: &[f32]) -> Vec<f32> {
 fn exp_is_within_two_ulp_and_equal_on_all_isas() {
     let mut values: Vec<f32> = (0..1 << 18).map(|i| -104.5 + i as f32 * 7.5e-4).collect();
     values.extend((0..1 << 14).map(|i| (i as f32 - 8192.0) * 1e-6));
+    if cfg!(miri) {
+        values = values.into_iter().step_by(1001).collect();
+        values.truncate(values.len() / LANES * LANES);
+    }
     let want = exp(Isa::Scalar, &values);
     for (&x, &y) in values.iter().zip(&want) {
         let exact = f64::from(x).exp();
@@ -106,7 +110,7 @@ unsafe fn everything<L: Lanes>(a: &[f32; LANES], b: &[f32; LANES]) -> Vec<u32> {
 #[test]
 fn operations_are_equal_on_all_isas() {
     let special = [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, 1e-40, 65519.9, 65520.0, 3e38];
-    for seed in 0..64u32 {
+    for seed in 0..if cfg!(miri) { 4 } else { 64u32 } {
         let number = |i: usize, salt: u32| {
             let h = (seed * 977 + i as u32 * 131 + salt).wrapping_mul(2_654_435_761);
             if h >> 29 == 0 { special[h as usize % 8] } else { (h as f32 / 2e8 - 10.0).powi(3) }
