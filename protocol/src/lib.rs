@@ -1,12 +1,15 @@
 //! What every part of Grapevine says to the others: ids, virtual time, the [`Machine`] trait and,
-//! behind the feature `api`, the types of the OpenAI-compatible API with the one `ErrorCode`.
+//! behind the feature `api`, the types of the OpenAI-compatible API with the one `ErrorCode`. And what
+//! nodes agree on without asking anyone: [`membership`].
 //!
 //! Refuses: IO, clocks, threads, ambient randomness and policy.
 
 pub mod forward;
 mod id;
 mod machine;
+pub mod membership;
 pub mod node_record;
+pub mod random;
 mod time;
 pub mod wire;
 

@@ -1,0 +1,118 @@
+//! Runs scenario files and seeds of mixed faults, and replays one that failed.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, bail};
+use clap::{Parser, Subcommand};
+use protocol::membership::MemberView;
+use sim::scenario::{Outcome, Scenario};
+use sim::vine::{SimContact, SimId};
+use sim::world::SECOND;
+
+/// Runs scenarios in virtual time. The same seed always gives the same run.
+#[derive(Parser)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Runs a scenario file.
+    Scenario {
+        file: PathBuf,
+        /// Another seed than the file's.
+        #[arg(long)]
+        seed: Option<u64>,
+        /// Prints what every node saw, line by line.
+        #[arg(long)]
+        trace: bool,
+        /// Writes every input of every node, byte by byte.
+        #[arg(long)]
+        transcript: Option<PathBuf>,
+    },
+    /// Runs seeds of mixed faults; those that fail can be replayed with `replay SEED`.
+    Mixed {
+        #[arg(long, default_value_t = 0)]
+        first: u64,
+        #[arg(long, default_value_t = 100)]
+        count: u64,
+    },
+    /// Runs one seed of mixed faults and prints its faults and what every node saw.
+    Replay { seed: u64 },
+}
+
+fn main() -> anyhow::Result<()> {
+    match Arguments::parse().command {
+        Command::Scenario { file, seed, trace, transcript } => {
+            let text = std::fs::read_to_string(&file)
+                .with_context(|| format!("cannot read {}", file.display()))?;
+            let mut scenario = Scenario::parse(&text)?;
+            scenario.seed = seed.unwrap_or(scenario.seed);
+            let outcome = scenario.simulate(transcript.is_some());
+            if trace {
+                print_trace(&scenario, &outcome);
+            }
+            if let (Some(path), Some(bytes)) = (transcript, &outcome.world.transcript) {
+                std::fs::write(&path, bytes)
+                    .with_context(|| format!("cannot write {}", path.display()))?;
+            }
+            print_sum(&outcome);
+            scenario.judge(&outcome)
+        }
+        Command::Mixed { first, count } => {
+            let (mut failed, mut events) = (0, 0);
+            for seed in first..first + count {
+                let scenario = Scenario::mixed(seed);
+                let outcome = scenario.simulate(false);
+                events += outcome.world.events;
+                if let Err(why) = scenario.judge(&outcome) {
+                    failed += 1;
+                    println!("seed {seed}: {why:#}");
+                }
+            }
+            println!("{count} seeds from {first}, {events} events, {failed} failed");
+            match failed {
+                0 => Ok(()),
+                _ => bail!("{failed} seeds failed"),
+            }
+        }
+        Command::Replay { seed } => {
+            let scenario = Scenario::mixed(seed);
+            let outcome = scenario.simulate(false);
+            print_trace(&scenario, &outcome);
+            print_sum(&outcome);
+            scenario.judge(&outcome)
+        }
+    }
+}
+
+fn print_trace(scenario: &Scenario, outcome: &Outcome) {
+    println!("{}: {} nodes, seeds 0..{}", scenario.about, scenario.nodes, scenario.seeds);
+    let mut faults = scenario.faults.iter().peekable();
+    for seen in &outcome.seen {
+        let at = seen.at as f64 / SECOND as f64;
+        while let Some(planned) = faults.next_if(|planned| planned.at_s <= at) {
+            println!("{:10.4} s  {:?}", planned.at_s, planned.fault);
+        }
+        println!("{at:10.4} s  {:4} {:?} {}", seen.observer, seen.sight, seen.subject);
+    }
+}
+
+fn print_sum(outcome: &Outcome) {
+    let Outcome { world, oracle, .. } = outcome;
+    println!("{} events, {} s, {} nodes up", world.events, world.now / SECOND, world.up().count());
+    for node in world.up() {
+        let vine = world.nodes[node as usize].actor.as_ref().expect("it is up");
+        let mut view: Vec<_> = vine.machine.members().collect();
+        view.sort_by_key(|member| member.id);
+        let line = |m: &MemberView<'_, SimId, SimContact>| {
+            format!("{} {:?} {}", m.id.0, m.state, m.incarnation)
+        };
+        let view: Vec<_> = view.iter().map(line).collect();
+        println!("{node} (incarnation {}): {}", vine.machine.incarnation(), view.join(", "));
+        println!("    {:?}", vine.machine.stats());
+    }
+    println!("healthy nodes evicted: {:?}", oracle.healthy_evicted);
+    println!("stalled or cut off nodes evicted: {:?}", oracle.others_evicted);
+}
