@@ -9,6 +9,7 @@ mod accept;
 pub mod http;
 mod ids;
 pub mod load;
+pub mod mesh;
 pub mod metrics;
 mod model;
 mod node;

@@ -2,6 +2,14 @@
 
 mod cli;
 
-fn main() -> std::process::ExitCode {
+use std::process::ExitCode;
+
+use node::mesh::overlay;
+
+fn main() -> ExitCode {
+    if let Err(error) = overlay::clear_key_log() {
+        eprintln!("vine: {} is set and cannot be cleared ({error}): unset it", overlay::KEY_LOG);
+        return ExitCode::FAILURE;
+    }
     cli::main()
 }

@@ -12,6 +12,8 @@ use metrics_exporter_prometheus::{
 };
 use protocol::api::ErrorCode;
 
+use crate::mesh::overlay::{CutOff, Nat};
+
 /// What a request wants, as the label `gen_ai_operation_name`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
@@ -122,6 +124,39 @@ impl Metrics {
         }
     }
 
+    /// The handles of the overlay plane; made once, when it starts.
+    pub fn overlay(&self) -> OverlayMetrics {
+        let counter = |name, key, value| self.counter(name, &[(key, value)]);
+        let peers = |path| self.gauge(OVERLAY_PEERS, &[("path", path)]);
+        OverlayMetrics {
+            members: self.gauge(OVERLAY_MEMBERS, &[]),
+            peers_direct: peers("direct"),
+            peers_relayed: peers("relayed"),
+            relays_held: self.gauge(OVERLAY_RELAYS, &[]),
+            circuits: self.gauge(OVERLAY_CIRCUITS, &[]),
+            nat: ["unknown", "public", "private"]
+                .map(|status| self.gauge(OVERLAY_NAT, &[("status", status)])),
+            connections: ["in", "out"].map(|d| counter(OVERLAY_CONNECTIONS, "direction", d)),
+            dials_failed: self.counter(OVERLAY_DIALS_FAILED, &[]),
+            refused_stranger: counter(OVERLAY_REFUSED, "reason", "stranger"),
+            refused_limit: counter(OVERLAY_REFUSED, "reason", "limit"),
+            refused_handshake: counter(OVERLAY_REFUSED, "reason", "handshake"),
+            cut_off: CutOff::ALL.map(|why| counter(OVERLAY_CUT_OFF, "reason", why.as_str())),
+            messages_received: self.counter(OVERLAY_RECEIVED, &[]),
+            ignored_stranger: counter(OVERLAY_IGNORED, "reason", "stranger"),
+            ignored_rate: counter(OVERLAY_IGNORED, "reason", "rate"),
+            publishes_sent: counter(OVERLAY_PUBLISHED, "outcome", "sent"),
+            publishes_unheard: counter(OVERLAY_PUBLISHED, "outcome", "unheard"),
+            publishes_limited: counter(OVERLAY_PUBLISHED, "outcome", "limited"),
+            publishes_failed: counter(OVERLAY_PUBLISHED, "outcome", "failed"),
+            slow_peers: self.counter(OVERLAY_SLOW_PEERS, &[]),
+            holes_punched: counter(OVERLAY_HOLES, "outcome", "punched"),
+            holes_failed: counter(OVERLAY_HOLES, "outcome", "failed"),
+            events_dropped: self.counter(OVERLAY_EVENTS_DROPPED, &[]),
+            restarts: self.counter(OVERLAY_RESTARTS, &[]),
+        }
+    }
+
     fn counter(&self, name: &'static str, labels: &[(&'static str, &str)]) -> Counter {
         self.recorder.register_counter(&key(name, labels), &METADATA)
     }
@@ -165,6 +200,62 @@ pub struct ModelMetrics {
     pub slow_clients: Counter,
 }
 
+/// Handles of the overlay plane's metrics.
+#[derive(Clone)]
+pub struct OverlayMetrics {
+    /// Nodes that may connect.
+    pub members: Gauge,
+    pub peers_direct: Gauge,
+    pub peers_relayed: Gauge,
+    /// Relays on which this node has a place.
+    pub relays_held: Gauge,
+    /// Connections of others that go through this node.
+    pub circuits: Gauge,
+    nat: [Gauge; 3],
+    connections: [Counter; 2],
+    pub dials_failed: Counter,
+    pub refused_stranger: Counter,
+    pub refused_limit: Counter,
+    pub refused_handshake: Counter,
+    cut_off: [Counter; CutOff::ALL.len()],
+    /// Broadcasts delivered to this node.
+    pub messages_received: Counter,
+    pub ignored_stranger: Counter,
+    pub ignored_rate: Counter,
+    pub publishes_sent: Counter,
+    /// Broadcasts that no connected member listened for.
+    pub publishes_unheard: Counter,
+    /// Broadcasts beyond this node's own rate.
+    pub publishes_limited: Counter,
+    pub publishes_failed: Counter,
+    /// Peers that take broadcasts too slowly and miss some.
+    pub slow_peers: Counter,
+    pub holes_punched: Counter,
+    pub holes_failed: Counter,
+    /// Events that the node was too far behind to take.
+    pub events_dropped: Counter,
+    /// How often the overlay was built anew after a fault.
+    pub restarts: Counter,
+}
+
+impl OverlayMetrics {
+    /// Connections that came up, by who began them.
+    pub fn connections(&self, dialled: bool) -> &Counter {
+        &self.connections[usize::from(dialled)]
+    }
+
+    pub fn cut_off(&self, why: CutOff) -> &Counter {
+        &self.cut_off[why as usize]
+    }
+
+    /// One of the three gauges is 1.
+    pub fn nat(&self, now: Nat) {
+        for (i, gauge) in self.nat.iter().enumerate() {
+            gauge.set(f64::from(u8::from(i == now as usize)));
+        }
+    }
+}
+
 fn key(name: &'static str, labels: &[(&'static str, &str)]) -> Key {
     let labels: Vec<Label> = labels.iter().map(|&(k, v)| Label::new(k, v.to_owned())).collect();
     Key::from_parts(name, labels)
@@ -191,6 +282,23 @@ const STEP_TOKENS: &str = "grapevine_step_tokens_total";
 const REQUESTS: &str = "grapevine_http_requests_total";
 const SLOW_CLIENTS: &str = "grapevine_slow_clients_total";
 
+const OVERLAY_MEMBERS: &str = "vine_overlay_members";
+const OVERLAY_PEERS: &str = "vine_overlay_peers";
+const OVERLAY_RELAYS: &str = "vine_overlay_relays";
+const OVERLAY_CIRCUITS: &str = "vine_overlay_circuits";
+const OVERLAY_NAT: &str = "vine_overlay_nat";
+const OVERLAY_CONNECTIONS: &str = "vine_overlay_connections_total";
+const OVERLAY_DIALS_FAILED: &str = "vine_overlay_dials_failed_total";
+const OVERLAY_REFUSED: &str = "vine_overlay_refused_total";
+const OVERLAY_CUT_OFF: &str = "vine_overlay_cut_off_total";
+const OVERLAY_RECEIVED: &str = "vine_overlay_messages_received_total";
+const OVERLAY_IGNORED: &str = "vine_overlay_messages_ignored_total";
+const OVERLAY_PUBLISHED: &str = "vine_overlay_published_total";
+const OVERLAY_SLOW_PEERS: &str = "vine_overlay_slow_peers_total";
+const OVERLAY_HOLES: &str = "vine_overlay_hole_punches_total";
+const OVERLAY_EVENTS_DROPPED: &str = "vine_overlay_events_dropped_total";
+const OVERLAY_RESTARTS: &str = "vine_overlay_restarts_total";
+
 const HELP: &[(&str, &str)] = &[
     (TIME_TO_FIRST_TOKEN, "arrival of a request until its first token, queueing included"),
     (TIME_PER_OUTPUT_TOKEN, "mean gap between the tokens of a choice"),
@@ -206,6 +314,22 @@ const HELP: &[(&str, &str)] = &[
     (STEP_TOKENS, "tokens computed in steps"),
     (REQUESTS, "answered requests, by operation, model, status and error code"),
     (SLOW_CLIENTS, "streams given up because their client read too slowly"),
+    (OVERLAY_MEMBERS, "nodes that may connect to the overlay"),
+    (OVERLAY_PEERS, "members connected on the overlay, by path: direct or relayed"),
+    (OVERLAY_RELAYS, "relays on which this node has a place"),
+    (OVERLAY_CIRCUITS, "connections of other members that go through this node"),
+    (OVERLAY_NAT, "1 for what is known of this node's reachability"),
+    (OVERLAY_CONNECTIONS, "overlay connections that came up, by direction"),
+    (OVERLAY_DIALS_FAILED, "dials of members that came to nothing"),
+    (OVERLAY_REFUSED, "incoming connections that were refused, by reason"),
+    (OVERLAY_CUT_OFF, "members kept away for a while because they misbehaved, by reason"),
+    (OVERLAY_RECEIVED, "broadcasts delivered to this node"),
+    (OVERLAY_IGNORED, "broadcasts neither delivered nor passed on, by reason"),
+    (OVERLAY_PUBLISHED, "broadcasts of this node, by outcome"),
+    (OVERLAY_SLOW_PEERS, "times that a peer missed broadcasts because it took them too slowly"),
+    (OVERLAY_HOLES, "attempts to make a relayed connection a direct one, by outcome"),
+    (OVERLAY_EVENTS_DROPPED, "overlay events that found no room"),
+    (OVERLAY_RESTARTS, "times that the overlay was built anew after a fault"),
 ];
 
 const LATENCY: &[f64] = &[
