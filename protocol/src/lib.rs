@@ -1,11 +1,13 @@
-//! What every part of Grapevine says to the others: ids, virtual time, the [`Machine`] trait and,
-//! behind the feature `api`, the types of the OpenAI-compatible API with the one `ErrorCode`. And what
-//! nodes agree on without asking anyone: [`membership`].
+//! What every part of Grapevine says to the others: ids, virtual time, the [`Machine`] trait, frames,
+//! [`identity`] and join and, behind the feature `api`, the types of the OpenAI-compatible API with
+//! the one `ErrorCode`. And what nodes agree on without asking anyone: [`membership`].
 //!
 //! Refuses: IO, clocks, threads, ambient randomness and policy.
 
 pub mod forward;
+pub mod frame;
 mod id;
+pub mod identity;
 mod machine;
 pub mod membership;
 pub mod node_record;
