@@ -1,0 +1,89 @@
+//! Keeps an overlay running: one that panics, or loses its socket, is built anew after a pause.
+//!
+//! libp2p reads what peers send, and its gossipsub has panicked on that before (CVE-2026-33040,
+//! CVE-2026-34219). Such a fault must not end the node, nor the overlay for good.
+
+use std::net::SocketAddr;
+use std::panic::AssertUnwindSafe;
+
+use futures_util::FutureExt;
+use libp2p::core::transport::ListenerId;
+use libp2p::{Swarm, identity};
+use protocol::NodeId;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+use super::address::quic;
+use super::behaviour::{self, Behaviour};
+use super::limits::{RESTART_MAX, RESTART_MIN};
+use super::task::{End, Ends, Task};
+use super::{OverlayConfig, StartError};
+
+/// A swarm that listens, with the listener of each address of the configuration.
+pub(super) struct Listening {
+    pub swarm: Swarm<Behaviour>,
+    pub listeners: Vec<ListenerId>,
+}
+
+/// Binds the sockets and starts the task. An error leaves nothing behind.
+pub(super) fn spawn(
+    config: OverlayConfig,
+    key: identity::Keypair,
+    node: NodeId,
+    ends: Ends,
+) -> Result<JoinHandle<()>, StartError> {
+    let first = listen(&config, &key)?;
+    Ok(tokio::spawn(supervise(config, key, node, ends, first)))
+}
+
+async fn supervise(
+    mut config: OverlayConfig,
+    key: identity::Keypair,
+    node: NodeId,
+    mut ends: Ends,
+    first: Listening,
+) {
+    let mut next = Some(first);
+    let mut pause = RESTART_MIN;
+    let mut restarts = 0;
+    loop {
+        let began = Instant::now();
+        if let Some(listening) = next.take() {
+            let task = Task::new(&config, node, listening, &mut ends, restarts);
+            // Nothing of a broken task is used again but the ends of its channels, which hold no
+            // half-done state.
+            match AssertUnwindSafe(task.run(&mut config.listen)).catch_unwind().await {
+                Ok(End::Stopped) => return,
+                Ok(End::Deaf(reason)) => {
+                    tracing::error!(reason, "the overlay has lost its socket and starts anew");
+                }
+                Err(_) => tracing::error!("the overlay has panicked and starts anew"),
+            }
+            restarts += 1;
+            ends.metrics.restarts.increment(1);
+        }
+        if began.elapsed() > RESTART_MAX {
+            pause = RESTART_MIN;
+        }
+        tokio::select! {
+            () = ends.stop.cancelled() => return,
+            () = tokio::time::sleep(pause) => {}
+        }
+        pause = (pause * 2).min(RESTART_MAX);
+        match listen(&config, &key) {
+            Ok(listening) => next = Some(listening),
+            Err(error) => tracing::error!(%error, "the overlay cannot start anew yet"),
+        }
+    }
+}
+
+fn listen(config: &OverlayConfig, key: &identity::Keypair) -> Result<Listening, StartError> {
+    let mut swarm = behaviour::swarm(config, key.clone())?;
+    let bind = |&address: &SocketAddr| {
+        swarm
+            .listen_on(quic(address))
+            .map_err(|error| StartError::Listen { address, reason: error.to_string() })
+    };
+    let listeners = config.listen.iter().map(bind).collect::<Result<_, _>>()?;
+    Ok(Listening { swarm, listeners })
+}
