@@ -12,6 +12,7 @@ mod machine;
 pub mod membership;
 pub mod node_record;
 pub mod random;
+pub mod records;
 mod time;
 pub mod wire;
 
