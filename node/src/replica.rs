@@ -7,9 +7,9 @@
 
 use std::collections::BTreeMap;
 use std::panic::AssertUnwindSafe;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -73,6 +73,10 @@ pub struct Stats {
     pub blocks_cached: usize,
     pub running: usize,
     pub waiting: usize,
+    /// Prompt tokens not yet computed, of all of them.
+    pub prompt_tokens_left: u64,
+    /// Prompt tokens per second of late; 0 while nothing has been measured.
+    pub prompt_rate: u32,
     /// Since the start.
     pub preemptions: u64,
 }
@@ -108,6 +112,8 @@ impl Core for Replica {
             blocks_cached: stats.blocks_cached,
             running: stats.running,
             waiting: stats.waiting,
+            prompt_tokens_left: stats.prompt_tokens_left,
+            prompt_rate: stats.prompt_rate,
             preemptions: stats.preemptions,
         }
     }
@@ -131,6 +137,8 @@ pub enum SubmitError {
 pub struct ReplicaHandle {
     inbox: SyncSender<Submission>,
     running: Arc<AtomicBool>,
+    /// As it was after the last step.
+    stats: Arc<Mutex<Stats>>,
 }
 
 struct Submission {
@@ -151,10 +159,12 @@ impl ReplicaHandle {
         let model = name.to_owned();
         let running = Arc::new(AtomicBool::new(true));
         let alive = Alive(running.clone());
+        let stats = Arc::new(Mutex::new(core.stats()));
+        let published = stats.clone();
         let thread =
             std::thread::Builder::new().name(format!("replica {name}")).spawn(move || {
-                let shell =
-                    Shell { core, clock, metrics, requests: BTreeMap::new(), preemptions: 0 };
+                let requests = BTreeMap::new();
+                let shell = Shell { core, clock, metrics, requests, published, preemptions: 0 };
                 // A panic ends this replica only: its clients get an error, and the model is reported
                 // as unavailable. Nothing of the broken state is used again.
                 let run = AssertUnwindSafe(|| shell.run(commands, alive));
@@ -165,12 +175,17 @@ impl ReplicaHandle {
                     );
                 }
             })?;
-        Ok((ReplicaHandle { inbox, running }, thread))
+        Ok((ReplicaHandle { inbox, running, stats }, thread))
     }
 
     /// False once the thread has ended.
     pub fn is_running(&self) -> bool {
         self.running.load(Ordering::Acquire)
+    }
+
+    /// How much it has to do, as of its last step.
+    pub fn stats(&self) -> Stats {
+        *self.stats.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Hands the parts of one client request over. Their events arrive in the receiver; dropping it
@@ -204,6 +219,7 @@ struct Shell<K> {
     clock: K,
     metrics: ModelMetrics,
     requests: BTreeMap<RequestId, Open>,
+    published: Arc<Mutex<Stats>>,
     preemptions: u64,
 }
 
@@ -321,6 +337,7 @@ impl<K: Fn() -> Instant> Shell<K> {
 
     fn publish(&mut self) {
         let stats = self.core.stats();
+        *self.published.lock().unwrap_or_else(PoisonError::into_inner) = stats;
         self.metrics.blocks_free.set(stats.blocks_free as f64);
         self.metrics.blocks_used.set(stats.blocks_used as f64);
         self.metrics.blocks_cached.set(stats.blocks_cached as f64);

@@ -135,6 +135,8 @@ impl Core for Script {
             blocks_cached: 0,
             running: used,
             waiting: 0,
+            prompt_tokens_left: 0,
+            prompt_rate: 0,
             preemptions: 0,
         }
     }

@@ -118,6 +118,11 @@ pub enum DropReason {
 pub struct BatcherStats {
     pub running: usize,
     pub waiting: usize,
+    /// Prompt tokens not yet computed, of all of them; what the cache has is not known before a
+    /// sequence gets its turn.
+    pub prompt_tokens_left: u64,
+    /// Prompt tokens per second of late; 0 while nothing has been measured.
+    pub prompt_rate: u32,
     pub blocks_free: usize,
     /// Unreferenced, still found by prefix: free when needed.
     pub blocks_cached: usize,

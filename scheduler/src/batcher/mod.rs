@@ -145,10 +145,18 @@ impl Batcher {
 
     pub fn stats(&self) -> BatcherStats {
         let pool = self.pool.stats();
-        let waiting = |s: &&Sequence| s.phase == Phase::Waiting && !s.dropped;
+        let (mut waiting, mut prompt_tokens_left) = (0, 0);
+        for sequence in self.sequences.values().filter(|s| !s.dropped) {
+            waiting += usize::from(sequence.phase == Phase::Waiting);
+            if sequence.phase != Phase::Decode {
+                prompt_tokens_left += (sequence.tokens.len() - sequence.computed) as u64;
+            }
+        }
         BatcherStats {
             running: self.running.len(),
-            waiting: self.sequences.values().filter(waiting).count(),
+            waiting,
+            prompt_tokens_left,
+            prompt_rate: self.pace.prompt_rate(),
             blocks_free: pool.free,
             blocks_cached: pool.cached,
             blocks_used: pool.used,

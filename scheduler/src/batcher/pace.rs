@@ -45,6 +45,13 @@ impl Pace {
         fit.max(PROMPT_TOKENS_MIN)
     }
 
+    /// Prompt tokens per second; 0 while nothing has been measured.
+    pub fn prompt_rate(&self) -> u32 {
+        let each = self.prompt_token.unwrap_or_default().as_nanos();
+        let rate = 1_000_000_000u128.checked_div(each).unwrap_or(0);
+        u32::try_from(rate).unwrap_or(u32::MAX)
+    }
+
     pub fn sequence_ended(&mut self, now: Instant) {
         if let Some(last) = self.last_end {
             self.between_ends = average(Some(self.between_ends), now.saturating_since(last));
