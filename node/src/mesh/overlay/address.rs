@@ -30,6 +30,14 @@ impl Address {
         }
     }
 
+    /// The node that passes packets on, if one does.
+    pub fn relay(&self) -> Option<NodeId> {
+        match *self {
+            Address::Direct(_) => None,
+            Address::Relayed { relay, .. } => Some(relay),
+        }
+    }
+
     pub fn is_relayed(&self) -> bool {
         matches!(self, Address::Relayed { .. })
     }

@@ -126,20 +126,18 @@ impl Peers {
 
     /// Remembers addresses that a member, or membership, gives for itself; true if one was new.
     pub(super) fn learn(&mut self, node: NodeId, addresses: &[Address]) -> bool {
-        let own = self.own;
         let Some(peer) = self.members.get_mut(&node) else { return false };
-        let new = remember(&mut peer.addresses, own, node, addresses);
+        let new = remember(&mut peer.addresses, node, addresses);
         peer.begin_anew_if(new);
         new
     }
 
     /// Remembers addresses that somebody else gives for a member; true if one was new.
     pub(super) fn hear(&mut self, node: NodeId, addresses: &[Address]) -> bool {
-        let own = self.own;
         let Some(peer) = self.members.get_mut(&node) else { return false };
         let unknown: Vec<Address> =
             addresses.iter().filter(|a| !peer.addresses.contains(a)).copied().collect();
-        let new = remember(&mut peer.hearsay, own, node, &unknown);
+        let new = remember(&mut peer.hearsay, node, &unknown);
         peer.begin_anew_if(new);
         new
     }
@@ -152,7 +150,7 @@ impl Peers {
         }
     }
 
-    /// What a member says of itself.
+    /// What a member says of itself: also that we are its relay, which others want to know.
     pub(super) fn addresses(&self, node: NodeId) -> &[Address] {
         self.members.get(&node).map_or(&[], |peer| &peer.addresses)
     }
@@ -234,15 +232,19 @@ impl Peers {
         let busy =
             self.members.values().filter(|p| p.dialling || !p.connections.is_empty()).count();
         let missing = self.limits.peers_wanted.saturating_sub(busy);
+        if missing == 0 && !self.members.values().any(|peer| peer.wanted) {
+            return Vec::new();
+        }
+        let own = self.own;
         let mut due: Vec<(&NodeId, &mut Peer)> =
-            self.members.iter_mut().filter(|(_, peer)| peer.is_due(now)).collect();
+            self.members.iter_mut().filter(|(_, peer)| peer.is_due(now, own)).collect();
         due.sort_by_key(|(_, peer)| (!peer.wanted, peer.failures, peer.order));
         let wanted = due.iter().filter(|(_, peer)| peer.wanted).count();
         due.into_iter()
             .take(missing.max(wanted).min(DIALS_PER_TICK))
             .map(|(&node, peer)| {
                 peer.dialling = true;
-                (node, [peer.addresses.as_slice(), &peer.hearsay].concat())
+                (node, peer.addresses_from(own))
             })
             .collect()
     }
@@ -367,12 +369,18 @@ impl Peer {
         self.connections.iter().map(|c| c.path).min()
     }
 
-    fn is_due(&self, now: Instant) -> bool {
+    /// Where `own` can dial it. A node whose relay we are cannot be reached through ourselves.
+    fn addresses_from(&self, own: NodeId) -> Vec<Address> {
+        let all = self.addresses.iter().chain(&self.hearsay);
+        all.filter(|address| address.relay() != Some(own)).copied().collect()
+    }
+
+    fn is_due(&self, now: Instant, own: NodeId) -> bool {
         self.connections.is_empty()
             && !self.dialling
             && self.away_until.is_none()
-            && !(self.addresses.is_empty() && self.hearsay.is_empty())
             && self.next_dial <= now
+            && !self.addresses_from(own).is_empty()
     }
 
     /// Where others can reach this node when it is their relay: an address of the open internet if it
@@ -387,11 +395,11 @@ impl Peer {
 }
 
 /// Puts addresses in front, in their order, and forgets what is beyond the bound; true if one was new.
-fn remember(known: &mut Vec<Address>, own: NodeId, node: NodeId, addresses: &[Address]) -> bool {
+fn remember(known: &mut Vec<Address>, node: NodeId, addresses: &[Address]) -> bool {
     let mut new = false;
     for &address in addresses.iter().take(ADDRESSES_PER_NODE_MAX).rev() {
-        // A circuit through ourselves, or through the node itself, leads nowhere.
-        if matches!(address, Address::Relayed { relay, .. } if relay == own || relay == node) {
+        // A circuit through the node itself leads nowhere.
+        if address.relay() == Some(node) {
             continue;
         }
         let before = known.len();
@@ -525,8 +533,11 @@ mod tests {
         assert!(!peers.learn(node(1), &[at(90)]), "known");
         assert_eq!(peers.addresses(node(1))[..2], [at(90), at(99)]);
         assert_eq!(peers.addresses(node(1)).len(), ADDRESSES_PER_NODE_MAX);
-        let nowhere = Address::Relayed { relay: node(0), at: at(0).socket() };
-        assert!(!peers.learn(node(1), &[nowhere]), "a circuit through ourselves");
+        let through = |n| Address::Relayed { relay: node(n), at: at(n).socket() };
+        assert!(!peers.learn(node(1), &[through(1)]), "a circuit through the node itself");
+        assert!(peers.learn(node(1), &[through(0)]), "others want to know whose relay we are");
+        assert_eq!(peers.addresses(node(1))[0], through(0));
+        assert!(!peers.dials(Instant::ORIGIN)[0].1.contains(&through(0)));
     }
 
     #[test]

@@ -87,3 +87,68 @@ fn listen(config: &OverlayConfig, key: &identity::Keypair) -> Result<Listening, 
     let listeners = config.listen.iter().map(bind).collect::<Result<_, _>>()?;
     Ok(Listening { swarm, listeners })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use protocol::MeshId;
+    use tokio::sync::mpsc::Receiver;
+
+    use super::super::task::Command;
+    use super::super::{Address, Member, Overlay, OverlayEvent, OverlayHandle, Path};
+    use super::*;
+    use crate::metrics::Metrics;
+
+    fn start(seed: u8, metrics: &Metrics) -> (OverlayHandle, Receiver<OverlayEvent>) {
+        let config = OverlayConfig::new(MeshId([1; 32]), "127.0.0.1:0".parse().unwrap());
+        Overlay::start(config, [seed; 32], metrics.overlay()).unwrap()
+    }
+
+    async fn until<T>(
+        events: &mut Receiver<OverlayEvent>,
+        what: impl Fn(&OverlayEvent) -> Option<T>,
+    ) -> T {
+        let waiting = async {
+            loop {
+                let event = events.recv().await.expect("the overlay runs");
+                if let Some(found) = what(&event) {
+                    return found;
+                }
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), waiting).await.expect("it happens in time")
+    }
+
+    fn listening(event: &OverlayEvent) -> Option<SocketAddr> {
+        match event {
+            OverlayEvent::Listening { address } => Some(*address),
+            _ => None,
+        }
+    }
+
+    #[tokio::test]
+    async fn an_overlay_that_panics_comes_back_on_its_port() {
+        let metrics = Metrics::new().unwrap();
+        let (a, mut events) = start(1, &metrics);
+        let (b, mut events_of_b) = start(2, &Metrics::new().unwrap());
+        let at = until(&mut events, listening).await;
+        let at_b = until(&mut events_of_b, listening).await;
+        let member = |node, addresses: &[SocketAddr]| Member {
+            node,
+            addresses: addresses.iter().copied().map(Address::Direct).collect(),
+        };
+        b.set_members(vec![member(a.node(), &[])]);
+        a.set_members(vec![member(b.node(), &[at_b])]);
+        let connected = OverlayEvent::Connected { node: b.node(), path: Path::Direct };
+        let met = |event: &OverlayEvent| (*event == connected).then_some(());
+        until(&mut events, met).await;
+
+        a.commands.try_send(Command::Break).unwrap();
+        until(&mut events, |e| (*e == OverlayEvent::Restarted).then_some(())).await;
+        assert_eq!(until(&mut events, listening).await, at, "others know this port");
+        until(&mut events, met).await;
+        assert_eq!(a.status().restarts, 1);
+        assert!(metrics.render().contains("vine_overlay_restarts_total 1"));
+    }
+}

@@ -41,6 +41,9 @@ pub(super) enum Command {
     Dial(NodeId),
     Publish(Bytes),
     AddExternal(SocketAddr),
+    /// A fault of the kind that libp2p had.
+    #[cfg(test)]
+    Break,
 }
 
 /// The overlay's ends of its channels; they outlive a task that broke.
@@ -233,6 +236,8 @@ impl<'a> Task<'a> {
             }
             Command::Publish(bytes) => self.publish(bytes),
             Command::AddExternal(at) => self.add_external(address::quic(at)),
+            #[cfg(test)]
+            Command::Break => panic!("asked to"),
         }
     }
 
