@@ -3,7 +3,7 @@
 //! Class **local**: the newest version of each owner wins, and it is dropped with the owner's
 //! membership. In a partition each side keeps the other's last records, and the router sees the age.
 
-use std::net::SocketAddr;
+use core::net::SocketAddr;
 
 use bincode::{Decode, Encode};
 

@@ -111,6 +111,8 @@ pub struct Membership<I, C> {
     /// Largest recent round trip to anyone.
     rtt_peak: Duration,
     sync_budget: Budget,
+    /// The view at the last comparison that found a difference, and the wait that followed.
+    hunger: (u64, Duration),
     timers: Timers,
     stats: MembershipStats,
 }
@@ -160,6 +162,7 @@ impl<I: Identity, C: Contact> Membership<I, C> {
             news: News::new(config.news_max),
             sync_budget: Budget::new(config.sync_datagrams_per_s_max),
             rtt_peak: config.rtt_initial,
+            hunger: (0, config.sync_hungry_interval),
             config,
             random,
             id,
@@ -443,8 +446,9 @@ fn newcomer<I, C>(
     incarnation: u64,
     version: u32,
 ) -> table::Member<I, C> {
-    let state = MemberState::Alive;
-    table::Member { id, contact, incarnation, since: now, version, rtt: 0, state, relayed: false }
+    let (since, state) = (now, MemberState::Alive);
+    let (rtt, relayed, introduced) = (0, false, true);
+    table::Member { id, contact, incarnation, since, version, rtt, state, relayed, introduced }
 }
 
 fn view_of<I: Copy, C>(member: &table::Member<I, C>) -> MemberView<'_, I, C> {

@@ -46,7 +46,8 @@ impl<I: Identity, C: Contact> Membership<I, C> {
         let used =
             HEADER_BYTES_MAX + body_bytes(&body) + updates.iter().map(bytes_of).sum::<usize>();
         self.add_news(slot, DATAGRAM_BYTES_MAX.saturating_sub(used), &mut updates);
-        let flags = if slot.is_none() { FLAG_UNKNOWN } else { 0 };
+        let known = slot.is_some_and(|slot| self.table.get(slot).introduced);
+        let flags = if known { 0 } else { FLAG_UNKNOWN };
         self.push(Destination::Node(to), flags, body, updates, out);
     }
 

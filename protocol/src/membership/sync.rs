@@ -51,11 +51,17 @@ impl<I: Identity, C: Contact> Membership<I, C> {
         }
     }
 
-    /// Views differ somewhere: compare again soon.
+    /// Views differ somewhere: compare again soon, less and less so while that does not change this
+    /// view. Members that cannot reach each other may differ for good.
     pub(super) fn hunger(&mut self, now: Instant) {
+        let (root, wait) = (self.table.root(), self.hunger.1);
+        let wait = match root == self.hunger.0 {
+            true => (wait * 2).min(self.config.sync_interval),
+            false => self.config.sync_hungry_interval,
+        };
+        self.hunger = (root, wait);
         let spread = 0.75 + self.random.unit() / 2.0;
-        let soon = now + self.config.sync_hungry_interval.mul_f64(spread);
-        self.timers.sync = self.timers.sync.min(soon);
+        self.timers.sync = self.timers.sync.min(now + wait.mul_f64(spread));
     }
 
     fn begin_sync(&mut self, to: Destination<I, C>, out: &mut Out<I, C>) {

@@ -22,6 +22,9 @@ pub(super) struct Member<I, C> {
     pub rtt: u16,
     pub state: MemberState,
     pub relayed: bool,
+    /// Its address and record version belong to its incarnation. Not so after a datagram that showed a
+    /// higher incarnation and nothing else.
+    pub introduced: bool,
 }
 
 /// Members by slot, with an index by identity, the order of probing, the list of the departed and the

@@ -187,6 +187,37 @@ fn the_departed_return_by_direct_contact_only() {
 }
 
 #[test]
+fn another_address_in_another_life() {
+    let moved = Addresses::new(["192.0.2.9:1".parse().expect("an address")]).expect("few");
+    let introduction = |incarnation, version| Update::Alive {
+        id: id(5),
+        incarnation,
+        version,
+        contact: moved.clone(),
+    };
+    // Its incarnation is seen first; its record version starts anew.
+    let mut bench = Bench::new(9);
+    bench
+        .news(2, vec![Update::Alive { id: id(5), incarnation: 0, version: 7, contact: contact() }]);
+    bench.sent();
+    bench.hear(5, 1, Body::Ping { probe: 1 }, vec![]);
+    let asked = bench.sent().into_iter().find(|(to, _)| *to == 5).expect("an answer");
+    assert_eq!(asked.1.flags, super::wire::FLAG_UNKNOWN);
+    bench.hear(5, 1, Body::Gossip, vec![introduction(1, 0)]);
+    assert_eq!(bench.node.contact(&id(5)), Some(&moved));
+    assert_eq!(bench.node.member(&id(5)).expect("known").version, 0);
+    // From then on, versions count again.
+    bench
+        .news(2, vec![Update::Alive { id: id(5), incarnation: 1, version: 0, contact: contact() }]);
+    assert_eq!(bench.node.contact(&id(5)), Some(&moved));
+    // Also for one that was dead.
+    bench.kill(6);
+    bench.hear(6, 1, Body::Ping { probe: 1 }, vec![]);
+    let asked = bench.sent().into_iter().find(|(to, _)| *to == 6).expect("an answer");
+    assert_eq!(asked.1.flags, super::wire::FLAG_UNKNOWN);
+}
+
+#[test]
 fn one_claim_of_death_is_checked_two_are_believed() {
     let dead = Update::Dead { id: id(5), incarnation: 0 };
     let mut bench = Bench::new(9);

@@ -23,8 +23,7 @@ impl<I: Identity, C: Contact> Membership<I, C> {
             return;
         }
         if member.state.is_present() {
-            let (version, contact) = (member.version, member.contact.clone());
-            self.renew(now, slot, incarnation, version, contact, out);
+            self.raise(now, slot, incarnation, out);
             self.tell(now, slot);
         } else {
             self.restore(now, slot, incarnation, None, out);
@@ -121,11 +120,10 @@ impl<I: Identity, C: Contact> Membership<I, C> {
     ) -> bool {
         let member = self.table.get(slot);
         if member.state.is_present() {
-            // Direct contact may have shown the incarnation already, but not the rest.
-            if (incarnation, version) <= (member.incarnation, member.version) {
+            let introduces = incarnation == member.incarnation && !member.introduced;
+            if !introduces && (incarnation, version) <= (member.incarnation, member.version) {
                 return false;
             }
-            let version = version.max(member.version);
             self.renew(now, slot, incarnation, version, contact, out);
             if news {
                 self.tell(now, slot);
@@ -157,7 +155,7 @@ impl<I: Identity, C: Contact> Membership<I, C> {
         let refuted = incarnation > self.table.get(slot).incarnation;
         self.table.advance(slot, incarnation, version);
         let member = self.table.get_mut(slot);
-        member.contact = contact.clone();
+        (member.contact, member.introduced) = (contact.clone(), true);
         let id = member.id;
         if refuted && member.state == MemberState::Suspect {
             member.state = MemberState::Alive;
@@ -183,6 +181,7 @@ impl<I: Identity, C: Contact> Membership<I, C> {
         out: &mut Out<I, C>,
     ) {
         let member = self.table.get_mut(slot);
+        member.introduced = news.is_some();
         if let Some((version, contact)) = news {
             (member.version, member.contact) = (version, contact);
         }
@@ -284,11 +283,17 @@ impl<I: Identity, C: Contact> Membership<I, C> {
 
     /// Others know a higher incarnation of a present member than this node.
     fn catch_up(&mut self, now: Instant, slot: Slot, incarnation: u64, out: &mut Out<I, C>) {
-        let member = self.table.get(slot);
-        if incarnation > member.incarnation {
-            let (version, contact) = (member.version, member.contact.clone());
-            self.renew(now, slot, incarnation, version, contact, out);
+        if incarnation > self.table.get(slot).incarnation {
+            self.raise(now, slot, incarnation, out);
         }
+    }
+
+    /// A present member has a higher incarnation; whether also another address is not known yet.
+    fn raise(&mut self, now: Instant, slot: Slot, incarnation: u64, out: &mut Out<I, C>) {
+        let member = self.table.get(slot);
+        let (version, contact) = (member.version, member.contact.clone());
+        self.renew(now, slot, incarnation, version, contact, out);
+        self.table.get_mut(slot).introduced = false;
     }
 
     /// This node's own probe of a member has failed.

@@ -146,7 +146,7 @@ impl<I: Encode + Decode<()>, C: Encode + Decode<()>> Datagram<I, C> {
 }
 
 pub const VERSION: u8 = 1;
-/// The sender does not know the receiver and asks who it is.
+/// The sender does not know the receiver, or only its incarnation, and asks who it is.
 pub const FLAG_UNKNOWN: u8 = 1;
 /// Fits one QUIC datagram on any path (RFC 9000, section 14).
 pub const DATAGRAM_BYTES_MAX: usize = 1200;

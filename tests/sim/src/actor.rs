@@ -57,6 +57,8 @@ pub enum Effect {
 /// What a node believes to have happened to another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Sight {
+    /// Its own start; the world says so, not the actor.
+    Started,
     Joined,
     Suspected,
     Refuted,

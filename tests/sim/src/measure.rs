@@ -100,7 +100,7 @@ impl Times {
 /// Crashes `crashes` nodes, one each `gap_s`, and takes the time until the last survivor knew.
 pub fn detection<S: System>(system: &S, seed: u64, nodes: usize, crashes: usize) -> Times {
     const WARM_UP_S: u64 = 5;
-    const GAP_S: u64 = 15;
+    const GAP_S: u64 = 9;
     let mut world = system.acquainted(seed, nodes, Links::default());
     world.run_until(WARM_UP_S * SECOND);
     let mut times = Times::default();

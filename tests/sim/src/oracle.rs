@@ -49,6 +49,10 @@ impl Oracle {
                 let healthy = seen.down_since.is_none() && seen.reachable && !seen.stalls;
                 self.false_suspicions += u64::from(healthy);
             }
+            // A new life of the observer, which remembers nobody.
+            Sight::Started => {
+                self.departed.retain(|(observer, _)| *observer != seen.observer);
+            }
             Sight::Refuted => {}
             Sight::Forgotten => {
                 self.departed.remove(&pair);

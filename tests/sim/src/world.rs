@@ -142,6 +142,7 @@ impl<A: Actor> World<A> {
         host.lives += 1;
         (host.actor, host.down_since, host.up_since) = (Some(actor), None, self.now);
         (host.stalled_until, host.wake) = (None, None);
+        self.see(node, node, Sight::Started);
         self.give(node, Stimulus::Start { seeds });
     }
 
