@@ -1,7 +1,7 @@
-//! What a node tells the mesh about itself: its owner writes it, everyone else only passes it on.
+//! What a node tells the mesh about itself: only its owner writes it and passes it on.
 //!
 //! Class **local**: the newest version of each owner wins, and it is dropped with the owner's
-//! membership. In a partition each side keeps the other's last records, and the router sees the age.
+//! membership.
 
 use core::net::SocketAddr;
 
