@@ -232,6 +232,17 @@ impl std::str::FromStr for Invite {
         if checksum(bytes) != *sum {
             return Err(InviteError::Mistyped);
         }
+        Invite::from_wire(bytes)
+    }
+}
+
+impl Invite {
+    /// Reads what the text of a token holds before its checksum. Of use to fuzzers; tokens are read from
+    /// their text.
+    ///
+    /// # Errors
+    /// If the bytes are no token, or its record is not signed by who it says.
+    pub fn from_wire(bytes: &[u8]) -> Result<Invite, InviteError> {
         let wire: InviteWire =
             wire::decode::<_, WIRE_BYTES_MAX>(bytes).map_err(|_| InviteError::NotAToken)?;
         if wire.seeds.is_empty() || wire.seeds.len() > INVITE_SEEDS_MAX {
