@@ -4,6 +4,7 @@
 //! One recorder belongs to one node, so that several nodes in one process do not mix. Labels come
 //! from closed sets (models of the registry, endpoints, codes): a client cannot make new series.
 
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use metrics::{Counter, Gauge, Histogram, Key, KeyName, Label, Level, Metadata, Recorder};
@@ -46,10 +47,14 @@ impl Operation {
     }
 }
 
+/// Counters that somebody else keeps: the names of their metrics, and their values.
+pub type CounterSource = Box<dyn Fn() -> Vec<(&'static str, u64)> + Send + Sync>;
+
 /// The recorder of a node.
 pub struct Metrics {
     recorder: PrometheusRecorder,
     handle: PrometheusHandle,
+    sources: Mutex<Vec<CounterSource>>,
 }
 
 impl Metrics {
@@ -64,13 +69,24 @@ impl Metrics {
             recorder.describe_gauge(KeyName::from_const_str(name), None, (*help).into());
         }
         let handle = recorder.handle();
-        Ok(Metrics { recorder, handle })
+        Ok(Metrics { recorder, handle, sources: Mutex::default() })
+    }
+
+    /// Shows these counters beside the node's own.
+    pub fn add_source(&self, source: CounterSource) {
+        self.sources.lock().unwrap_or_else(PoisonError::into_inner).push(source);
     }
 
     /// The text that Prometheus scrapes.
     pub fn render(&self) -> String {
         self.handle.run_upkeep();
-        self.handle.render()
+        let mut text = self.handle.render();
+        for source in self.sources.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            for (name, value) in source() {
+                text.push_str(&format!("# TYPE {name} counter\n{name} {value}\n"));
+            }
+        }
+        text
     }
 
     /// Counts a request that has been answered, or whose client left.
@@ -389,5 +405,7 @@ mod tests {
         a.model("m").running.set(1.0);
         assert!(a.render().contains("grapevine_sequences"));
         assert!(!b.render().contains("grapevine_sequences{"));
+        a.add_source(Box::new(|| vec![("grapevine_mesh_frames_total", 7)]));
+        assert!(a.render().ends_with("counter\ngrapevine_mesh_frames_total 7\n"));
     }
 }

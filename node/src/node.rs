@@ -14,7 +14,7 @@ use crate::accept;
 use crate::http::{self, App};
 use crate::ids::RequestIds;
 use crate::load;
-use crate::metrics::Metrics;
+use crate::metrics::{CounterSource, Metrics};
 use crate::options::NodeOptions;
 use crate::registry::Registry;
 
@@ -99,6 +99,11 @@ impl Node {
     /// Base URL of the API, without `/v1`.
     pub fn url(&self) -> String {
         format!("http://{}", self.address)
+    }
+
+    /// Shows these counters at `/metrics`.
+    pub fn add_counters(&self, source: CounterSource) {
+        self.app.metrics.add_source(source);
     }
 
     /// Waits until every model is loaded and has made a step, or has failed to.

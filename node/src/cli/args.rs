@@ -30,6 +30,14 @@ pub enum Command {
     Demo(DemoArgs),
     /// Start a node that serves models.
     Up(UpArgs),
+    /// Make a token with which another node joins this node's mesh.
+    Invite(super::mesh::InviteArgs),
+    /// Put a node out of the mesh at once.
+    Revoke(super::mesh::RevokeArgs),
+    /// Take the local node out of its mesh. It stops, and needs a token to come back.
+    Leave(super::mesh::LeaveArgs),
+    /// Show or change which nodes can let others in.
+    Authority(super::mesh::AuthorityArgs),
     /// Chat with a model of a running node, in the terminal.
     Chat(ChatArgs),
     /// Generate once from a prompt, without a node.
@@ -80,6 +88,8 @@ pub struct UpArgs {
     /// Settings as TOML; what is said on the command line wins.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
+    #[command(flatten)]
+    pub mesh: super::mesh::MeshArgs,
     #[command(flatten)]
     pub engine: EngineArgs,
 }

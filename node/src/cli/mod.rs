@@ -8,6 +8,7 @@ mod demo;
 mod doctor;
 mod load;
 mod local;
+mod mesh;
 mod model;
 mod progress;
 mod system;
@@ -39,6 +40,10 @@ fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Demo(args) => block_on(demo::demo(&args)),
         Command::Up(args) => block_on(up::up(args)),
+        Command::Invite(args) => block_on(mesh::invite(&args)),
+        Command::Revoke(args) => block_on(mesh::revoke(&args)),
+        Command::Leave(args) => block_on(mesh::leave(&args)),
+        Command::Authority(args) => block_on(mesh::authority(&args)),
         Command::Chat(args) => block_on(chat::chat(&args)),
         Command::Models(args) => block_on(chat::models(&args)),
         Command::Run(args) => local::run(&args),

@@ -1,6 +1,7 @@
 //! `vine up`: a node that serves models until it is told to stop.
 
 use super::args::{EngineArgs, KvType, QuantType, UpArgs};
+use super::mesh::{self, MeshArgs};
 use super::model::{LoadedModel, ModelSpec, load};
 use anyhow::{Context, bail};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
@@ -24,6 +25,9 @@ struct Config {
     insecure: Option<bool>,
     data: Option<PathBuf>,
     threads: Option<usize>,
+    mesh: Option<SocketAddr>,
+    #[serde(default)]
+    mesh_address: Vec<SocketAddr>,
     kv_memory: Option<String>,
     kv_dtype: Option<String>,
     quant: Option<String>,
@@ -51,12 +55,33 @@ impl Served {
 }
 
 pub async fn up(args: UpArgs) -> anyhow::Result<()> {
-    let (served, engine) = settings(args)?;
+    let (served, mesh, engine) = settings(args)?;
     let models = served.models.len();
+    let running = match &served.data {
+        Some(data) => mesh::start(&mesh, data).await?,
+        None => None,
+    };
     let node = serve(served, &engine).await?;
     println!("serving {models} model(s) at {}/v1", node.url());
+    let Some(running) = running else {
+        std::io::stdout().flush()?;
+        return Ok(node.run_until_signal().await?);
+    };
+    println!("{}", mesh::line(&running.mesh));
+    let counted = running.mesh.clone();
+    node.add_counters(Box::new(move || counted.counters().all()));
     std::io::stdout().flush()?;
-    Ok(node.run_until_signal().await?)
+    tokio::select! {
+        ended = node.run_until_signal() => {
+            running.mesh.shutdown().await;
+            Ok(ended?)
+        }
+        () = running.left.cancelled() => {
+            // The answer to `vine leave` is on its way.
+            tokio::time::sleep(LEAVE_ANSWER).await;
+            Ok(())
+        }
+    }
 }
 
 /// Starts the node and waits until every model is ready.
@@ -105,7 +130,7 @@ fn model_options(spec: ModelSpec, engine: EngineArgs, secret: [u8; 32]) -> Model
 }
 
 /// Command line over environment over file.
-fn settings(args: UpArgs) -> anyhow::Result<(Served, EngineArgs)> {
+fn settings(args: UpArgs) -> anyhow::Result<(Served, MeshArgs, EngineArgs)> {
     let config = match &args.config {
         None => Config::default(),
         Some(path) => {
@@ -137,7 +162,12 @@ fn settings(args: UpArgs) -> anyhow::Result<(Served, EngineArgs)> {
         data: Some(args.data.or(config.data).unwrap_or_else(default_data)),
         ..Served::new(args.api.or(config.api).unwrap_or(API_DEFAULT), models)
     };
-    Ok((served, engine))
+    let advertise = match args.mesh.advertise {
+        said if said.is_empty() => config.mesh_address,
+        said => said,
+    };
+    let listen = args.mesh.listen.or(config.mesh);
+    Ok((served, MeshArgs { listen, advertise, join: args.mesh.join }, engine))
 }
 
 fn value_of<T: clap::ValueEnum>(key: &str, text: Option<String>) -> anyhow::Result<Option<T>> {
@@ -146,7 +176,7 @@ fn value_of<T: clap::ValueEnum>(key: &str, text: Option<String>) -> anyhow::Resu
 }
 
 /// `$XDG_DATA_HOME/grapevine`, else `~/.local/share/grapevine`, else a folder here.
-fn default_data() -> PathBuf {
+pub fn default_data() -> PathBuf {
     let set = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     set("XDG_DATA_HOME")
         .or_else(|| set("HOME").map(|home| home.join(".local/share")))
@@ -229,3 +259,5 @@ impl Bars {
 
 const API_DEFAULT: SocketAddr =
     SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 8420);
+/// Time for the answer to `vine leave` to be written.
+const LEAVE_ANSWER: std::time::Duration = std::time::Duration::from_millis(300);

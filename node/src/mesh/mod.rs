@@ -1,3 +1,41 @@
-//! The shells between nodes. Each plane lives in one module behind a seam.
+//! The shell of a node towards other nodes: keys and certificates on disk, one QUIC endpoint, the join
+//! exchange and the connections of members.
+//!
+//! [`Identity`] is what the node knows of its mesh, durable. [`Mesh`] is the running endpoint: it serves
+//! nothing but the join exchange to who has shown no membership certificate, and hands the datagrams and
+//! calls of members to a [`Service`]. What is true about identity is decided in `protocol::identity`.
 
+mod connections;
+mod control;
+mod exchange;
+mod frames;
+mod identity;
+mod key_file;
+mod limits;
 pub mod overlay;
+mod quic;
+mod rpc;
+mod running;
+mod store;
+mod tls;
+mod upkeep;
+
+pub use connections::{CloseCode, PeerEvent, Service};
+pub use control::{CONTROL_SOCKET, ControlServer};
+pub use identity::{Clock, Identity, IdentityError, Standing, system_clock};
+pub use key_file::KeyFileError;
+pub use limits::{MeshCounters, MeshLimits};
+pub use quic::{ALPN, Endpoint, Link, LinkError};
+pub use rpc::{CODE_FAILED, Call, CallError, CallStream, ECHO, Heard, Request};
+pub use running::{JoinFailed, Mesh, MeshError, MeshOptions};
+pub use store::StoreError;
+
+/// Random bytes of the operating system.
+pub(crate) fn random<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    rustls::crypto::aws_lc_rs::default_provider()
+        .secure_random
+        .fill(&mut bytes)
+        .expect("the operating system gives random bytes");
+    bytes
+}

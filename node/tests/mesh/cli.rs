@@ -1,0 +1,75 @@
+//! The command line against real processes.
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use serde_json::Value;
+
+const VINE: &str = env!("CARGO_BIN_EXE_vine");
+
+/// A process that ends with the test.
+struct Up(Child);
+
+impl Drop for Up {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Starts a node and waits until it says that it is in a mesh.
+fn up(data: &Path, join: Option<&str>) -> Up {
+    let mut command = Command::new(VINE);
+    command.args(["up", "--model", "demo", "--api", "127.0.0.1:0", "--mesh", "127.0.0.1:0"]);
+    command.arg("--data").arg(data).env_remove("SSLKEYLOGFILE");
+    if let Some(token) = join {
+        command.args(["--join", token]);
+    }
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let up = Up(child);
+    let serving = lines.next().expect("it starts").unwrap();
+    assert!(serving.starts_with("serving 1 model(s) at http://127.0.0.1:"), "{serving}");
+    let mesh = lines.next().expect("it says more").unwrap();
+    assert!(mesh.contains(" of mesh "), "{mesh}");
+    up
+}
+
+fn vine(args: &[&str], data: &Path) -> Result<Value, String> {
+    let output =
+        Command::new(VINE).args(args).arg("--json").arg("--data").arg(data).output().unwrap();
+    match output.status.success() {
+        true => Ok(serde_json::from_slice(&output.stdout).unwrap()),
+        false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
+    }
+}
+
+#[test]
+fn invite_join_revoke_leave() {
+    let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let error = vine(&["invite"], a.path()).unwrap_err();
+    assert!(error.contains("vine.sock") && error.contains("vine up"), "{error}");
+    let _first = up(a.path(), None);
+    for (args, wanted) in [
+        (vec!["invite", "--uses", "0"], "1 to 256"),
+        (vec!["invite", "--roles", "king"], "king"),
+        (vec!["invite", "--ttl", "soon"], "24h"),
+        (vec!["revoke", "zzzz"], "no known node"),
+        (vec!["authority", "--remove", "a"], "whole id"),
+    ] {
+        let error = vine(&args, a.path()).unwrap_err();
+        assert!(error.contains(wanted), "{args:?}: {error}");
+    }
+    let token = vine(&["invite", "--ttl", "5m"], a.path()).unwrap();
+    let second = up(b.path(), token["token"].as_str());
+    let authority = vine(&["authority"], b.path()).unwrap();
+    assert_eq!(authority["root_key_here"], false);
+    assert!(authority["nodes"].as_array().is_some_and(|n| !n.is_empty()), "{authority}");
+    let left = vine(&["leave"], b.path()).unwrap();
+    assert_eq!(left["left"], token["mesh"]);
+    let mut second = second;
+    assert!(second.0.wait().unwrap().success(), "the node stops by itself");
+    let revoked = vine(&["revoke", left["node"].as_str().unwrap()], a.path()).unwrap();
+    assert_eq!(revoked["revoked"], true);
+}

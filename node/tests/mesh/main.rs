@@ -1,0 +1,6 @@
+//! Nodes that join each other over real QUIC on loopback, and peers that mean harm.
+
+mod cli;
+mod hostile;
+mod joining;
+mod support;
