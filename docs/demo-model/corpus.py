@@ -4,12 +4,19 @@ All text is written in this folder: `facts.py` (Grapevine), `stories.py` (a stor
 talk and what lies outside the model's range). Run it to look at some: `python corpus.py 20`.
 """
 
+import json
+import os
 import random
 import re
 import sys
 
 import stories
 from facts import FACTS
+from wordings import SYNONYMS, WORDINGS
+
+for fact in FACTS:
+    for pool, texts in WORDINGS.get(fact.id, {}).items():
+        getattr(fact, pool).extend(texts)
 
 # ---------------------------------------------------------------- small talk: [questions], [answers]
 HELP = "{Ask me about Grapevine, or for a short story.|I can explain Grapevine or tell a short story.|You can ask me how to start a node, or for a story.}"
@@ -37,7 +44,7 @@ TALK = [
     (["write {a|me a} poem", "tell me a poem", "a poem please", "do you know a poem?", "write a {haiku|short poem|verse}", "can you rhyme?", "make a poem about {grapes|a vine|Grapevine|autumn|nodes}", "a haiku please", "poem", "write a song", "sing {me a song|something|a song}", "can you write poems?", "give me a poem", "compose a poem"],
      ["{Small nodes on the vine,\neach one carries a little,\ntogether they shine.|A token came after a token,\nand soon a whole sentence was spoken;\nit is not very deep,\nbut it helps me to keep\nthe promise that vines are not broken.|The grapes hang low, the leaves are red,\nthe evening light is thin;\na whisper runs along the vine,\nand lets the winter in.}"], 1),
     (["tell me something {interesting|nice|new}", "tell me a fun fact", "a fun fact please", "do you know something interesting?", "surprise me", "say something", "say anything", "talk to me", "tell me anything", "tell me something I do not know", "fun fact", "what is interesting?", "tell me something about {grapes|vines|yourself that is interesting}"],
-     ["{Here is something|A small fact}: {the whole of me fits into 4 MiB, less than one photo of a good camera.|I write one token at a time and never know how my sentence will end.|Grapevine's KV cache is cut into blocks of 16 tokens, like grapes on a bunch.}"], 1),
+     ["{Here is something|A small fact}: {the whole of me fits into 3 MiB, less than one photo of a good camera.|I write one token at a time and never know how my sentence will end.|Grapevine's KV cache is cut into blocks of 16 tokens, like grapes on a bunch.}"], 1),
     (["I am {bored|so bored}", "I'm bored", "what should we do?", "entertain me", "let's play", "let us play a game", "can we play a game?", "do you want to play?", "play with me", "this is boring", "I have nothing to do"],
      ["Then {let me tell you a story|a story may help}: just say \"tell me a story about a robot\", or {about anything that you like|choose another hero}."], 1),
     (["I am {sad|tired|lonely|unhappy|angry|afraid|stressed|worried}", "I'm {sad|tired|lonely|angry|scared|depressed|not feeling well}", "I feel {sad|bad|lonely|tired|terrible}", "I had a bad day", "nobody likes me", "my day was terrible", "I am not well"],
@@ -170,16 +177,46 @@ def slots(text: str, rng) -> str:
 
 
 def ask_fact(fact, rng) -> str:
-    pools = [(p, w) for p, w in [("np", 1.0), ("vp", 1.2), ("q", 1.5)] if getattr(fact, p)]
+    pools = [(p, w) for p, w in [("np", 0.8), ("vp", 1.3), ("q", 1.7)] if getattr(fact, p)]
     pool = rng.choices([p for p, _ in pools], [w for _, w in pools])[0]
     x = expand(rng.choice(getattr(fact, pool)), rng)
+    if pool != "np" and fact.id not in LITERAL:
+        x = synonyms(x, rng)
     if pool == "q":
         return x
+    if pool == "vp" and rng.random() < 0.10:
+        return keywords(x, rng)
     return expand(rng.choice(NP_Q if pool == "np" else VP_Q), rng).replace("$x", x)
+
+
+def synonyms(text: str, rng) -> str:
+    return SYNONYM_HEAD.sub(lambda m: rng.choice(SYNONYM[m[1]]) if rng.random() < 0.3 else m[1], text)
+
+
+def keywords(phrase: str, rng) -> str:
+    """What a hurried person types: only the words that carry the question, with or without `command`."""
+    words = [w for w in phrase.split() if w.lower() not in SMALL_WORDS] or phrase.split()
+    if len(words) == 2 and rng.random() < 0.2:
+        words.reverse()
+    return expand(rng.choice(["$x", "$x", "$x?", "$x command", "command {for|to} $x", "$x {how|howto|how?}", "$x please", "{need|want} to $x"]), rng).replace("$x", " ".join(words))
+
+
+def telegram(question: str, rng) -> str:
+    """The question without some of its small words."""
+    kept = [w for w in question.split() if w.lower() not in SMALL_WORDS or rng.random() < 0.5]
+    return " ".join(kept) if len(kept) > 1 else question
+
+
+SYNONYM = {row.split(", ")[0]: row.split(", ") for row in SYNONYMS.split("\n")}
+SYNONYM_HEAD = re.compile(r"(?<![-/`.\w])(?<!how )(?<!under )(" + "|".join(sorted(SYNONYM, key=len, reverse=True)) + r")(?![-/`.=\w])")
+LITERAL = {"limits_tokens", "disconnect", "exact", "errors", "overload"}  # where those words mean something else
+SMALL_WORDS = set("a an the my me i you it is are do does to of for in on with can could would please some this that there be your its will so now".split())
 
 
 def dress(question: str, rng) -> str:
     """A question as part of talk: something before it, something after it."""
+    if rng.random() < 0.08:
+        question = telegram(question, rng)
     if rng.random() < 0.20:
         question = expand(rng.choice(LEAD), rng) + question
     if rng.random() < 0.12:
@@ -188,7 +225,24 @@ def dress(question: str, rng) -> str:
     return people_say(question, rng)
 
 
-WEIGHT = {"stop": 2, "what": 4, "up": 2.5, "who": 2.5, "vine": 1.6, "can_do": 1.5, "which_models": 1.8, "api": 1.5, "mesh": 1.5, "demo": 1.2, "curl": 1.3, "python": 1.2, "endpoints": 1.2}
+def plain(text: str) -> str:
+    """What two wordings have in common that differ only in capitals and marks."""
+    text = text.lower().replace("'s ", " is ").replace("n't ", " not ").replace("i'm ", "i am ").replace("i'd ", "i would ")
+    return " ".join(re.findall(r"[a-z0-9]+", text))
+
+
+def held_back():
+    """Wordings of `test.json` and `fresh.json`: no conversation may hold one of them."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    rows = [row for name in ("test.json", "fresh.json") for row in json.load(open(os.path.join(here, name)))]
+    return {plain(row["prompt"]) for row in rows if isinstance(row["prompt"], str)}
+
+
+HELD_BACK = held_back()
+
+WEIGHT = {"stop": 2.5, "what": 4, "up": 3, "who": 2.5, "vine": 1.6, "can_do": 1.5, "which_models": 1.8, "api": 1.6, "mesh": 1.5, "demo": 1.2, "curl": 1.3, "python": 1.2, "endpoints": 1.2,
+          "chat": 1.3, "run": 1.4, "bench": 1.3, "doctor": 1.4, "port": 1.3, "expose": 1.2, "kv_memory": 1.2, "gpu": 1.3, "control_plane": 1.2, "privacy": 1.3, "batching": 1.2, "quant_formats": 1.2,
+          "peer": 0.5, "gossip": 0.6, "foreign": 0.6, "name": 0.6, "kernels": 0.7, "ai": 0.5, "hf": 0.6, "rope": 0.5, "logits": 0.5, "exact": 0.6, "chunked": 0.6, "data_dir": 0.7, "logprobs": 0.7, "safetensors": 0.7}
 
 
 def turn_fact(rng):
@@ -232,16 +286,24 @@ def turn_story(rng):
     return out
 
 
+def draw(kind, rng):
+    """Turns of one kind, drawn again while they hold a wording that is held back."""
+    while True:
+        turns = kind(rng)
+        if not any(plain(user) in HELD_BACK for user, _ in turns):
+            return turns
+
+
 def conversation(index: int, seed: int = 8420):
     """Conversation number `index`: (system text or None, [(user, assistant), ...])."""
     rng = random.Random(seed * 1_000_003 + index)
     turns, count = [], rng.choices([1, 2, 3, 4, 6], [62, 18, 12, 6, 2])[0]
     told = False
     while len(turns) < count:
-        kind = rng.choices([turn_fact, turn_talk, turn_outside, turn_story], [56, 13, 16, 8 if told else 20])[0]
+        kind = rng.choices([turn_fact, turn_talk, turn_outside, turn_story], [56, 13, 13, 6 if told else 24])[0]
         told |= kind is turn_story
-        turns += kind(rng)
-    return (rng.choice(SYSTEMS) if rng.random() < 0.2 else None), turns
+        turns += draw(kind, rng)
+    return (rng.choice(SYSTEMS) if rng.random() < 0.12 else None), turns
 
 
 def opening(index: int, seed: int = 8420):
@@ -250,8 +312,9 @@ def opening(index: int, seed: int = 8420):
     To know which answer is meant is the hard part, and the first words of the answer show it.
     """
     rng = random.Random(seed * 1_000_003 + 500_000_007 + index)
-    kind = rng.choices([turn_fact, turn_talk, turn_outside, turn_story], [55, 11, 14, 20])[0]
-    return (rng.choice(SYSTEMS) if rng.random() < 0.05 else None), kind(rng)[:1]
+    before = draw(rng.choice([turn_fact, turn_talk]), rng)[:1] if rng.random() < 0.08 else []
+    kind = rng.choices([turn_fact, turn_talk, turn_outside, turn_story], [62, 9, 13, 16])[0]
+    return (rng.choice(SYSTEMS) if rng.random() < 0.04 else None), before + draw(kind, rng)[:1]
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ from torch import nn
 @dataclass(frozen=True)
 class Shape:
     vocab: int = 2048
-    hidden: int = 256
+    hidden: int = 192
     layers: int = 4
-    heads: int = 4
+    heads: int = 6
     kv_heads: int = 2
-    inter: int = 768
+    inter: int = 512
     context: int = 1024
     rope_theta: float = 10000.0
     eps: float = 1e-5
@@ -44,7 +44,7 @@ class Layer(nn.Module):
         self.up = nn.Linear(s.hidden, s.inter, bias=False)
         self.down = nn.Linear(s.inter, s.hidden, bias=False)
 
-    def forward(self, x, cos, sin, mask, drop, past=None):
+    def forward(self, x, cos, sin, mask, past=None):
         s, (b, t, _) = self.s, x.shape
         h = F.rms_norm(x, (s.hidden,), self.attn_norm, s.eps)
         q = rotate(self.q(h).view(b, t, s.heads, s.head_dim).transpose(1, 2), cos, sin)
@@ -56,16 +56,16 @@ class Layer(nn.Module):
         w = (q @ k.transpose(2, 3)).float() * s.head_dim**-0.5 + mask
         a = (w.softmax(-1).to(v.dtype) @ v).view(b, s.heads, t, s.head_dim)
         a = self.o(a.transpose(1, 2).reshape(b, t, s.hidden))
-        x = x + F.dropout(a, drop, self.training)
+        x = x + a
         h = F.rms_norm(x, (s.hidden,), self.ffn_norm, s.eps)
         m = self.down(F.silu(self.gate(h)) * self.up(h))
-        return x + F.dropout(m, drop, self.training)
+        return x + m
 
 
 class Decoder(nn.Module):
-    def __init__(self, s: Shape, drop: float = 0.0):
+    def __init__(self, s: Shape):
         super().__init__()
-        self.s, self.drop = s, drop
+        self.s = s
         self.embed = nn.Embedding(s.vocab, s.hidden)
         self.layers = nn.ModuleList(Layer(s) for _ in range(s.layers))
         self.norm = nn.Parameter(torch.ones(s.hidden))
@@ -90,7 +90,7 @@ class Decoder(nn.Module):
         x = self.embed(ids)
         mask = torch.full((t, end), float("-inf")).triu(1 + begin).repeat(self.s.heads // self.s.kv_heads, 1)
         for i, layer in enumerate(self.layers):
-            x = layer(x, self.cos[begin:end], self.sin[begin:end], mask, self.drop, past[i] if past else None)
+            x = layer(x, self.cos[begin:end], self.sin[begin:end], mask, past[i] if past else None)
         return F.rms_norm(x, (self.s.hidden,), self.norm, self.s.eps)
 
     def forward(self, ids):

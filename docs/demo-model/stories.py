@@ -17,15 +17,30 @@ PEOPLE = {
 CREATURES = """robot fox dragon cat dog owl mouse bear rabbit hedgehog squirrel frog snail bee crow wolf horse donkey cow pig goat sheep
 duck penguin whale dolphin turtle elephant lion tiger monkey parrot beaver deer spider butterfly kitten puppy dinosaur unicorn
 ghost monster alien snowman train boat cloud star tree computer grape toaster""".split()
+# Many kinds, so that what is learned is to take the word that the listener said, not which words there are.
+KINDS = CREATURES + """ant|badger|bat|bear cub|beetle|bison|buffalo|bull|calf|camel|canary|caterpillar|centipede|chameleon|cheetah|chicken|chick|chipmunk|cicada|clam|cobra|cockroach|cod|coyote|crab|crane|cricket|crocodile|cuckoo|
+deer mouse|dingo|dove|dragonfly|dromedary|eagle|eel|emu|falcon|ferret|finch|firefly|fish|flamingo|flea|fly|gazelle|gecko|gibbon|giraffe|goldfish|gorilla|grasshopper|groundhog|gull|guinea pig|hamster|hare|hawk|heron|hippo|
+hornet|hummingbird|hyena|ibex|iguana|jackal|jaguar|jellyfish|kangaroo|kingfisher|koala|ladybird|lamb|lark|lemming|lemur|leopard|lobster|locust|lynx|macaw|magpie|mammoth|manatee|marmot|meerkat|mole|mongoose|moose|mosquito|
+moth|mule|narwhal|newt|nightingale|octopus|opossum|orca|ostrich|otter|ox|oyster|panda|panther|peacock|pelican|pheasant|pigeon|polar bear|pony|porcupine|prawn|puffin|puma|python|quail|raccoon|ram|rat|raven|red panda|reindeer|rhino|robin|
+rooster|salamander|salmon|scorpion|sea lion|sea horse|seal|shark|shrew|shrimp|skunk|sloth|slug|snake|sparrow|squid|starfish|stork|swallow|swan|swift|tadpole|tapir|termite|thrush|toad|tortoise|toucan|trout|tuna|turkey|vole|vulture|wallaby|
+walrus|wasp|water buffalo|weasel|wild boar|wombat|woodpecker|worm|yak|zebra|acrobat|actor|apprentice|archer|artist|athlete|baby|barber|beekeeper|blacksmith|boatman|bookseller|butcher|captain|carpenter|chef|clown|cobbler|conductor|cook|
+cowboy|dancer|dentist|diver|doctor|driver|elf|explorer|ferryman|firefighter|fisherman|gnome|goblin|grandmother|guard|hermit|hero|hunter|janitor|judge|juggler|librarian|lighthouse keeper|locksmith|magician|mailman|mayor|mechanic|merchant|
+messenger|miller|miner|monk|musician|neighbour|ninja|nurse|ogre|page|pilot|plumber|poet|policeman|postman|potter|programmer|ranger|sailor boy|samurai|scientist|shepherd|shoemaker|singer|soldier|spy|stranger|student|tailor|thief|traveller|
+troll|vampire|viking|wanderer|watchmaker|weaver|werewolf|woodcutter|yeti|zombie|airplane|apple|balloon|banana|bell|bicycle|blanket|book|bottle|box|brick|bridge|broom|brush|bucket|bulldozer|button|cake|candle|car|carrot|chair|cheese|clock|
+coat|coin|compass|cookie|crane truck|crayon|cup|door|drone|drum|feather|flower|flute|fork|fridge|gate|glove|guitar|hammer|hat|helicopter|house|kettle|key|kite|ladder|lamp|lantern|leaf|lemon|letter|lighthouse|lorry|mirror|mitten|moon|
+mountain|mushroom|nail|needle|node|onion|oven|paper boat|pea|pear|pebble|pencil|penny|piano|pillow|planet|plum|potato|puddle|pumpkin|puppet|raindrop|raisin|river|rocket|rose|sailboat|satellite|scarecrow|server|shadow|ship|shoe|sock|spoon|
+statue|stone|submarine|sunflower|table|taxi|teapot|teddy bear|tent|tomato|tractor|truck|trumpet|tugboat|umbrella|vine|violin|volcano|wagon|watch|wave|whistle|windmill|window""".replace("\n", "").split("|")
+USUAL = "robot fox dragon cat dog mouse owl bear rabbit girl boy hedgehog".split()
+ASKED_TRAITS = """little old tiny big lonely lazy friendly hungry happy sad sleepy grumpy clumsy wise silly lost tired red blue green golden purple white black quiet noisy magic polite strong fast
+slow proud gentle nervous talking flying invisible forgetful small brave shy curious clever kind young cheerful""".split()
 
 PLACES = ["a green valley", "a small village", "an old forest", "a town by the sea", "a quiet harbour", "a house on a hill", "a big city",
-          "a snowy land", "a garden behind a mill", "a house on an island", "a castle of grey stone", "a little farm", "a vineyard", "a desert",
+          "a snowy land", "a garden behind a mill", "a house on an island", "a castle of grey stone", "a little farmhouse", "a vineyard", "a desert",
           "a lighthouse", "a library", "a space station", "a village in the mountains", "a river town", "a meadow full of flowers"]
 ASKED_PLACES = {"in the forest": "an old forest", "by the sea": "a town by the sea", "in a castle": "a castle of grey stone",
-                "on an island": "a house on an island", "in the city": "a big city", "in space": "a space station", "on a farm": "a little farm",
+                "on an island": "a house on an island", "in the city": "a big city", "in space": "a space station", "on a farm": "a little farmhouse",
                 "in the mountains": "a village in the mountains", "in a vineyard": "a vineyard", "in a library": "a library",
                 "in the desert": "a desert", "in a village": "a small village", "in winter": "a snowy land", "in a garden": "a garden behind a mill"}
-TRAITS = ["small", "brave", "shy", "curious", "clever", "kind", "young", "cheerful"]
 
 # Each plot: themes that a listener may name, then one line of choices for each part of the story.
 PLOTS = [
@@ -177,25 +192,41 @@ def coined(rng):
     return "".join(rng.choice(onset) + rng.choice(vowel) for _ in range(rng.choice([1, 2, 2, 3]))) + rng.choice(coda)
 
 
+def hero(rng) -> str:
+    """What the story shall be about: a usual kind, any of many, or a word that nobody knows."""
+    draw = rng.random()
+    if draw < 0.35:
+        return rng.choice(CREATURES + list(PEOPLE))
+    return rng.choice(KINDS) if draw < 0.82 else coined(rng)
+
+
+def asked_hero(rng, kind: str):
+    """(the hero as the story calls it, as the listener asks for it)."""
+    word = rng.choices(["about", "with", "of", "featuring", "starring"], [80, 8, 6, 3, 3])[0]
+    if rng.random() < 0.25:
+        kind = f"{rng.choice(ASKED_TRAITS)} {kind}"
+    return a(kind), f" {word} {a(kind)}"
+
+
 def story(rng, expand) -> Story:
     """Names belong to plots: a model of this size keeps to a name that it knows, not to one that it must copy."""
-    kind = rng.choice(CREATURES if rng.random() < 0.65 else list(PEOPLE))
-    plot = rng.choice([p for p in PLOTS if PEOPLE.get(kind, p["pronouns"]) is p["pronouns"]])
     place, mode = rng.choice(PLACES), rng.random()
-    if mode < 0.25:
-        about = ""
-    elif mode < 0.80:
-        about = f" {'about' if rng.random() < 0.9 else 'with'} {a(kind)}"
-    elif mode < 0.90:
+    named = 0.20 <= mode < 0.92
+    kind = hero(rng) if named else rng.choice(USUAL)
+    plot = rng.choice([p for p in PLOTS if PEOPLE.get(kind, p["pronouns"]) is p["pronouns"]])
+    told, about = a(kind), ""
+    if named:
+        told, about = asked_hero(rng, kind)
+        if mode >= 0.85:
+            asked = rng.choice(list(ASKED_PLACES))
+            place, about = ASKED_PLACES[asked], f"{about} {asked}"
+    elif mode < 0.08:
         about = f" about {rng.choice(plot['themes'])}"
-    else:
-        asked = rng.choice(list(ASKED_PLACES))
-        place = ASKED_PLACES[asked]
-        about = rng.choice([f" {asked}", f" about {a(kind)} {asked}"])
     names = {"$name": plot["name"], "$helper": plot["helper"], "$hname": plot["hname"], **{f"${k}": v for k, v in plot["pronouns"].items()}}
     start = rng.choice(["Once there was $told named $name, who lived in $place.", "There was once $told named $name, who lived in $place."])
-    start = start.replace("$place", place).replace("$told", a(f"{rng.choice(TRAITS)} {kind}"))
-    text = " ".join(sentence_case(substitute(expand(t), names)) for t in [start, *plot["lines"]])
+    start = start.replace("$place", place).replace("$told", told)
+    end = rng.choice(["That was the story of the $kind.", "And that is the story of $name the $kind."]).replace("$kind", kind)
+    text = " ".join(sentence_case(substitute(expand(t), names)) for t in [start, *plot["lines"], end])
     return Story(expand(rng.choice(ASK)).replace("$about", about), text, expand(rng.choice(SEQUELS)), expand(rng.choice(MORALS)))
 
 

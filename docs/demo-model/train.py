@@ -5,10 +5,12 @@ stopped at any time; `--resume` goes on from the last checkpoint with the same d
 """
 
 import argparse
+import ctypes
 import itertools
 import json
 import os
 import random
+import sys
 import time
 
 # Threads that wait must not spin: on a machine that does other work too, spinning doubles the cost.
@@ -41,7 +43,7 @@ def train_tokenizer(vocab: int) -> Tokenizer:
         pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tok.decoder = decoders.ByteLevel()
-    text = (t for i in range(20_000) for pair in corpus.conversation(-1 - i, SEED)[1] for t in (*pair, "system user assistant"))
+    text = (t for i in range(8_000) for pair in corpus.conversation(-1 - i, SEED)[1] for t in (*pair, "system user assistant"))
     tok.train_from_iterator(text, trainers.BpeTrainer(
         vocab_size=vocab - len(SPECIAL), show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
     tok.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIAL])
@@ -50,7 +52,7 @@ def train_tokenizer(vocab: int) -> Tokenizer:
 
 
 class Encoder:
-    """Conversations as token ids, with a mark on each token that the model must learn to say."""
+    """Conversations as token ids, with the weight of each token that the model must learn to say (0: none)."""
 
     def __init__(self, tok: Tokenizer):
         self.tok = tok
@@ -68,27 +70,29 @@ class Encoder:
         return ids + self.role["assistant"]
 
     def conversation(self, system, turns, limit: int):
-        ids, learn = [self.bos], [False]
+        """The first words of an answer decide which one it is, and weigh more than what follows from them."""
+        ids, weight = [self.bos], [0.0]
         def add(role, text, said):
             body = self.plain(text.strip()) + [self.eot]
             ids.extend(self.role[role] + body)
-            learn.extend([False] * len(self.role[role]) + [said] * len(body))
+            weight.extend([0.0] * len(self.role[role]))
+            weight.extend((1.0 if i < OPENING_TOKENS else LATER) if said else 0.0 for i in range(len(body)))
         if system:
             add("system", system, False)
         for user, assistant in turns:
             add("user", user, False)
             add("assistant", assistant, True)
-        return ids[:limit], learn[:limit]
+        return ids[:limit], weight[:limit]
 
 
-def batches(enc: Encoder, shape: Shape, tokens: int, first: int, chunk: int = 0):
-    """Endless micro-batches (ids, targets; -100 where nothing is learned), alike in length within one.
+def batches(enc: Encoder, shape: Shape, tokens: int, first: int):
+    """Endless micro-batches (ids, targets, weights), alike in length within one.
 
     Each chunk mixes `WHOLE` conversations with `OPENINGS` questions of which only the first words of the answer
-    are learned. Both are taken in order of their numbers, from chunk number `chunk` and its batch number `first` on.
+    are learned. Both are taken in order of their numbers, from micro-batch number `first` on.
     """
     number = 0
-    for chunk in itertools.count(chunk):
+    for chunk in itertools.count():
         rows = [enc.conversation(*corpus.conversation(chunk * WHOLE + i, SEED), shape.context) for i in range(WHOLE)]
         rows += [cut_opening(*enc.conversation(*corpus.opening(chunk * OPENINGS + i, SEED), shape.context)) for i in range(OPENINGS)]
         rows.sort(key=lambda r: len(r[0]))
@@ -104,22 +108,29 @@ def batches(enc: Encoder, shape: Shape, tokens: int, first: int, chunk: int = 0)
             number += 1
             if number <= first:
                 continue
-            width = max(len(ids) for ids, _ in group)
-            x = torch.full((len(group), width), enc.eos)
-            y = torch.full((len(group), width), -100)
-            for r, (ids, learn) in enumerate(group):
-                x[r, : len(ids)] = torch.tensor(ids)
-                target = [t if said else -100 for t, said in zip(ids[1:], learn[1:])]
-                y[r, : len(target)] = torch.tensor(target)
-            yield x, y
+            yield padded(group, enc.eos)
 
 
-def cut_opening(ids, learn):
-    end = learn.index(True) + OPENING_TOKENS
-    return ids[:end], learn[:end]
+def padded(group, fill):
+    width = max(len(ids) for ids, _ in group)
+    x, y = torch.full((len(group), width), fill), torch.full((len(group), width), fill)
+    weights = torch.zeros(len(group), width)
+    for r, (ids, weight) in enumerate(group):
+        x[r, : len(ids)] = torch.tensor(ids)
+        y[r, : len(ids) - 1] = torch.tensor(ids[1:])
+        weights[r, : len(ids) - 1] = torch.tensor(weight[1:])
+    return x, y, weights
 
 
-WHOLE, OPENINGS, OPENING_TOKENS = 640, 1024, 12
+def cut_opening(ids, weight):
+    """Of the last answer the first tokens; what was said before it is not learned again."""
+    begin = len(weight) - weight[::-1].index(0.0)
+    end = begin + OPENING_TOKENS
+    return ids[:end], [0.0] * begin + weight[begin:end]
+
+
+WHOLE, OPENINGS = 240, 1760
+OPENING_TOKENS, LATER = 8, 0.3
 
 
 # ---------------------------------------------------------------- training
@@ -146,74 +157,83 @@ class Muon:
 
 
 def orthogonal(g):
-    x = g.bfloat16()
-    flip = x.shape[1] > x.shape[2]
-    x = x.mT if flip else x
+    flip = g.shape[1] > g.shape[2]
+    x = g.mT if flip else g
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         a = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return (x.mT if flip else x).float()
+        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if flip else x
 
 
 def rate(step: int, done: float) -> float:
     """Share of the full learning rate: a short rise, a plateau, then a straight line to nothing."""
-    return min(1, (step + 1) / 30, (1 - done) / 0.6)
+    return min(1, (step + 1) / 40, (1 - done) / 0.65)
 
 
-def train(a, enc: Encoder, shape: Shape) -> Decoder:
-    torch.manual_seed(SEED)
-    net = Decoder(shape, a.dropout)
-    print(f"{sum(p.numel() for p in net.parameters()):,} parameters", flush=True)
-    muon = Muon([p for n, p in net.named_parameters() if p.ndim == 2 and "embed" not in n])
-    adam = torch.optim.AdamW([{"params": [net.embed.weight], "lr": a.lr / 5}, {"params": [p for p in net.parameters() if p.ndim == 1], "lr": a.lr / 5}],
-                             betas=(0.9, 0.98), weight_decay=0.0)
-    peak = [g["lr"] for g in adam.param_groups]
-    ck, start = os.path.join(a.out, "checkpoint.pt"), 0
-    if a.resume and os.path.exists(ck):
-        c = torch.load(ck)
-        net.load_state_dict(c["net"]); adam.load_state_dict(c["adam"]); start = c["step"]
-        for shape_, m in c["muon"].items():
-            muon.state[shape_].copy_(m)
-    elif a.init:
-        net.load_state_dict(torch.load(os.path.join(a.init, "checkpoint.pt"))["net"])
-    source = batches(enc, shape, a.tokens // a.parts, start * a.parts, a.chunk)
-    net.train()
-    began, seen, said = time.time(), 0, []
-    for step in range(start, a.steps):
-        done = max(step / a.steps, (time.time() - began) / (60 * a.minutes))
-        if done >= 1:
-            break
-        parts = [next(source) for _ in range(a.parts)]
-        total = sum(int((y != -100).sum()) for _, y in parts)
-        loss_sum = 0.0
-        for x, y in parts:
-            with torch.autocast("cpu", torch.bfloat16):
-                h = net.hidden(x)
-                learn = y.view(-1) != -100
-                logits = F.linear(h.flatten(0, 1)[learn], net.embed.weight)
-            loss = F.cross_entropy(logits.float(), y.view(-1)[learn], reduction="sum") / total
+class Trainer:
+    """Network, optimizers and the number of the next step; all of it is in a checkpoint."""
+
+    def __init__(self, a, shape: Shape):
+        torch.manual_seed(SEED)
+        self.a, self.net, self.step = a, Decoder(shape), 0
+        self.muon = Muon([p for n, p in self.net.named_parameters() if p.ndim == 2 and "embed" not in n])
+        others = [self.net.embed.weight, *(p for p in self.net.parameters() if p.ndim == 1)]
+        self.adam = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)
+
+    def learn(self, parts) -> float:
+        """One step over the micro-batches; gives the weighted mean of the loss."""
+        total, loss_sum = sum(weights.sum() for _, _, weights in parts), 0.0
+        for x, y, weights in parts:
+            learn = weights.view(-1) > 0
+            logits = F.linear(self.net.hidden(x).flatten(0, 1)[learn], self.net.embed.weight)
+            loss = F.cross_entropy(logits, y.view(-1)[learn], reduction="none") @ weights.view(-1)[learn] / total
             loss.backward()
             loss_sum += loss.item()
-            seen += x.numel()
-        r = rate(step, done)
-        for g, p in zip(adam.param_groups, peak):
-            g["lr"] = p * r
-        adam.step()
-        muon.step(a.lr * r)
-        net.zero_grad(set_to_none=True)
-        said.append(loss_sum)
-        if (step + 1) % 20 == 0:
-            print(f"step {step + 1}/{a.steps} loss {sum(said) / len(said):.4f} {seen / (time.time() - began):.0f} tokens/s {time.time() - began:.0f} s", flush=True)
+        now = self.a.lr * rate(self.step, self.step / self.a.steps)
+        self.adam.param_groups[0]["lr"] = now / 5
+        self.adam.step()
+        self.muon.step(now)
+        self.net.zero_grad(set_to_none=True)
+        self.step += 1
+        return loss_sum
+
+    def save(self, path: str):
+        state = dict(net=self.net.state_dict(), adam=self.adam.state_dict(), muon=self.muon.state, step=self.step)
+        torch.save(state, path + ".new")
+        os.replace(path + ".new", path)
+
+    def resume(self, path: str):
+        c = torch.load(path)
+        self.net.load_state_dict(c["net"])
+        self.adam.load_state_dict(c["adam"])
+        self.muon.state, self.step = c["muon"], c["step"]
+
+
+def train(a, enc: Encoder, shape: Shape):
+    t, checkpoint = Trainer(a, shape), os.path.join(a.out, "checkpoint.pt")
+    if a.resume and os.path.exists(checkpoint):
+        t.resume(checkpoint)
+    print(f"{sum(p.numel() for p in t.net.parameters()):,} parameters, from step {t.step}", flush=True)
+    source = batches(enc, shape, a.tokens // PARTS, t.step * PARTS)
+    t.net.train()
+    began, seen, said = time.time(), 0, []
+    while t.step < a.steps:
+        parts = [next(source) for _ in range(PARTS)]
+        seen += sum(part[0].numel() for part in parts)
+        said.append(t.learn(parts))
+        if t.step % 20 == 0:
+            spent = time.time() - began
+            print(f"step {t.step}/{a.steps} loss {sum(said) / len(said):.4f} {seen / spent:.0f} tokens/s {spent:.0f} s, "
+                  f"processor {time.process_time():.0f} s", flush=True)
             said = []
-        if (step + 1) % a.save == 0:
-            torch.save(dict(net=net.state_dict(), adam=adam.state_dict(), muon=muon.state, step=step + 1), ck + ".new")
-            os.replace(ck + ".new", ck)
-            write_gguf(os.path.join(a.out, "demo.gguf"), net, enc.tok)
-    torch.save(dict(net=net.state_dict(), adam=adam.state_dict(), muon=muon.state, step=step + 1), ck)
-    write_gguf(os.path.join(a.out, "demo.gguf"), net, enc.tok)
-    print(f"{seen:,} tokens in {time.time() - began:.0f} s, {step + 1} steps", flush=True)
-    return net.eval()
+        if t.step % a.save == 0 or t.step == a.steps:
+            t.save(checkpoint)
+            write_gguf(os.path.join(a.out, "demo.gguf"), t.net, enc.tok)
+    print(f"{seen:,} tokens in {time.time() - began:.0f} s, {t.step} steps", flush=True)
+
+
+PARTS = 2  # micro-batches of one step: each holds texts of one length, so one alone would be one-sided
 
 
 # ---------------------------------------------------------------- the file
@@ -269,31 +289,31 @@ def write_gguf(path: str, net: Decoder, tok: Tokenizer):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", default="build", help="folder for checkpoint, tokenizer.json and demo.gguf")
-    p.add_argument("--steps", type=int, default=2400)
+    p.add_argument("--steps", type=int, default=1200)
     p.add_argument("--tokens", type=int, default=4096, help="tokens of one step, padding included")
-    p.add_argument("--parts", type=int, default=2, help="micro-batches of one step")
-    p.add_argument("--lr", type=float, default=0.008)
-    p.add_argument("--dropout", type=float, default=0.0)
+    p.add_argument("--lr", type=float, default=0.02, help="rate of the matrices; embeddings and norms take a fifth")
     p.add_argument("--save", type=int, default=100, help="steps between checkpoints")
     p.add_argument("--threads", type=int, default=2)
-    p.add_argument("--minutes", type=float, default=1e9, help="a limit on time: the schedule is shortened to end by then")
-    p.add_argument("--init", help="a folder of an earlier run whose tokenizer and weights to begin with")
-    p.add_argument("--chunk", type=int, default=0, help="the chunk of data to begin with, so that a later run sees other text")
-    p.add_argument("--resume", action="store_true")
+    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, with the same data in the same order")
     a = p.parse_args()
     os.makedirs(a.out, exist_ok=True)
+    keep_memory()
     torch.set_num_threads(a.threads)
-    shape = Shape()
-    path = os.path.join(a.out, "tokenizer.json")
+    shape, path = Shape(), os.path.join(a.out, "tokenizer.json")
     if a.resume and os.path.exists(path):
         tok = Tokenizer.from_file(path)
-    elif a.init:
-        tok = Tokenizer.from_file(os.path.join(a.init, "tokenizer.json"))
-        tok.save(path)
     else:
         tok = train_tokenizer(shape.vocab)
         tok.save(path)
     train(a, Encoder(tok), shape)
+
+
+def keep_memory():
+    """Lets glibc keep what a step frees: to ask the kernel for it anew in each step costs a tenth of the time."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 if __name__ == "__main__":
