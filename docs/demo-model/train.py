@@ -168,7 +168,7 @@ def orthogonal(g):
 
 def rate(step: int, done: float) -> float:
     """Share of the full learning rate: a short rise, a plateau, then a straight line to nothing."""
-    return min(1, (step + 1) / 40, (1 - done) / 0.65)
+    return min(1, (step + 1) / 40, (1 - done) / 0.6)
 
 
 class Trainer:
@@ -289,7 +289,7 @@ def write_gguf(path: str, net: Decoder, tok: Tokenizer):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", default="build", help="folder for checkpoint, tokenizer.json and demo.gguf")
-    p.add_argument("--steps", type=int, default=1200)
+    p.add_argument("--steps", type=int, default=1000)
     p.add_argument("--tokens", type=int, default=4096, help="tokens of one step, padding included")
     p.add_argument("--lr", type=float, default=0.02, help="rate of the matrices; embeddings and norms take a fifth")
     p.add_argument("--save", type=int, default=100, help="steps between checkpoints")
