@@ -439,7 +439,7 @@ mod tests {
             secret: [u8; 32],
             uses in 1..=INVITE_USES_MAX,
             ttl in 0u64..1 << 40,
-            seeds in prop::collection::vec(any::<(std::net::Ipv6Addr, u16)>(), 1..=INVITE_SEEDS_MAX),
+            seeds in prop::collection::vec(any::<(core::net::Ipv6Addr, u16)>(), 1..=INVITE_SEEDS_MAX),
         ) {
             let seeds: Vec<SocketAddr> = seeds.into_iter().map(SocketAddr::from).collect();
             let grant = (Roles::ALL, uses, NOW.plus(ttl));
