@@ -8,12 +8,14 @@ use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use metrics::Counter;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::options::HttpLimits;
+use crate::write_deadline::WriteDeadline;
 
 /// Serves `router` on `listener` until `stop` is cancelled, and ends when every connection has.
 ///
@@ -22,6 +24,7 @@ pub(crate) async fn serve(
     listener: TcpListener,
     router: Router,
     limits: HttpLimits,
+    write_timeouts: Counter,
     stop: CancellationToken,
 ) {
     let places = Arc::new(Semaphore::new(limits.connections_max));
@@ -35,7 +38,11 @@ pub(crate) async fn serve(
             accepted = accept(&listener, &places) => accepted,
         };
         let (stream, place) = match accepted {
-            Ok((stream, _peer, place)) => (stream, place),
+            Ok((stream, _peer, place)) => {
+                // Tokens are small and must not wait for each other.
+                let _ = stream.set_nodelay(true);
+                (stream, place)
+            }
             Err(error) => {
                 // Out of file descriptors, most likely: ends by itself when connections close.
                 tracing::warn!(%error, "cannot accept a connection");
@@ -43,7 +50,8 @@ pub(crate) async fn serve(
                 continue;
             }
         };
-        let serving = connection(stream, router.clone(), limits.clone(), stop.clone());
+        let stream = WriteDeadline::new(stream, limits.write_timeout, write_timeouts.clone());
+        let serving = connection(stream, router.clone(), limits.head_timeout, stop.clone());
         connections.spawn(async move {
             serving.await;
             drop(place);
@@ -63,16 +71,14 @@ async fn accept(
 }
 
 async fn connection(
-    stream: TcpStream,
+    stream: WriteDeadline<TcpStream>,
     router: Router,
-    limits: HttpLimits,
+    head_timeout: Duration,
     stop: CancellationToken,
 ) {
-    // Tokens are small and must not wait for each other.
-    let _ = stream.set_nodelay(true);
     let serving = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(limits.head_timeout)
+        .header_read_timeout(head_timeout)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
     let mut serving = std::pin::pin!(serving);
     let ended = tokio::select! {

@@ -16,6 +16,7 @@ mod node;
 mod options;
 mod registry;
 pub mod replica;
+mod write_deadline;
 
 pub use http::{ApiKeys, ApiKeysError};
 pub use load::{LoadProgress, Loaded, Loader, OnProgress};

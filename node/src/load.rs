@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use engine::chat::{ChatTemplate, ToolFormat};
-use engine::grammar::TokenizerEnv;
+use engine::grammar::{GrammarCache, TokenizerEnv};
 use engine::replica::{GenerateRequest, Replica};
 use engine::tokenizer::Tokenizer;
 use protocol::RequestId;
@@ -120,15 +120,17 @@ fn start(id: &str, mut loaded: Loaded, metrics: &Metrics) -> Result<Model, Strin
     };
     warm_up(&mut *loaded.core, &clock)?;
     let metrics = metrics.model(id);
-    let (replica, _thread) = ReplicaHandle::spawn(id, loaded.core, clock, metrics.clone())
-        .map_err(|e| format!("cannot start its thread: {e}"))?;
+    let (replica, _thread) =
+        ReplicaHandle::spawn(id, loaded.core, Arc::new(clock), metrics.clone())
+            .map_err(|e| format!("cannot start its thread: {e}"))?;
     // A template that knows no tools can still be held to a call by a grammar; Hermes' form needs no
     // special tokens.
     let detect = |template| ToolFormat::detect(template, &loaded.tokenizer);
     let tool_format = loaded.template.as_ref().and_then(detect).unwrap_or(ToolFormat::Hermes);
     let grammars = TokenizerEnv::new(&loaded.tokenizer)
         .inspect_err(|error| tracing::warn!(model = id, %error, "no grammars for this model"))
-        .ok();
+        .ok()
+        .map(GrammarCache::new);
     Ok(Model {
         id: id.to_owned(),
         tool_format,

@@ -173,6 +173,11 @@ impl Metrics {
         }
     }
 
+    /// Counts connections that were closed because their client took nothing.
+    pub fn write_timeouts(&self) -> Counter {
+        self.counter(WRITE_TIMEOUTS, &[])
+    }
+
     fn counter(&self, name: &'static str, labels: &[(&'static str, &str)]) -> Counter {
         self.recorder.register_counter(&key(name, labels), &METADATA)
     }
@@ -297,6 +302,7 @@ const STEP_TIME: &str = "grapevine_step_duration_seconds";
 const STEP_TOKENS: &str = "grapevine_step_tokens_total";
 const REQUESTS: &str = "grapevine_http_requests_total";
 const SLOW_CLIENTS: &str = "grapevine_slow_clients_total";
+const WRITE_TIMEOUTS: &str = "grapevine_http_write_timeouts_total";
 
 const OVERLAY_MEMBERS: &str = "vine_overlay_members";
 const OVERLAY_PEERS: &str = "vine_overlay_peers";
@@ -346,6 +352,7 @@ const HELP: &[(&str, &str)] = &[
     (OVERLAY_HOLES, "attempts to make a relayed connection a direct one, by outcome"),
     (OVERLAY_EVENTS_DROPPED, "overlay events that found no room"),
     (OVERLAY_RESTARTS, "times that the overlay was built anew after a fault"),
+    (WRITE_TIMEOUTS, "connections closed because their client took nothing"),
 ];
 
 const LATENCY: &[f64] = &[

@@ -1,7 +1,7 @@
 //! A model that can serve: its tokenizer, its template and the way to its replica.
 
 use engine::chat::{ChatTemplate, ToolFormat};
-use engine::grammar::TokenizerEnv;
+use engine::grammar::GrammarCache;
 use engine::tokenizer::Tokenizer;
 use protocol::TokenId;
 
@@ -17,8 +17,8 @@ pub struct Model {
     pub template: Option<ChatTemplate>,
     /// How the model writes calls of tools.
     pub tool_format: ToolFormat,
-    /// Compiles grammars; `None` for a vocabulary in which no text can end.
-    pub grammars: Option<TokenizerEnv>,
+    /// Compiles grammars and keeps them; `None` for a vocabulary in which no text can end.
+    pub grammars: Option<GrammarCache>,
     /// Width of the logits.
     pub vocab: usize,
     /// Width of an embedding.

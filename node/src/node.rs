@@ -85,7 +85,9 @@ pub async fn serve(options: NodeOptions) -> Result<Node, ServeError> {
     });
     load::spawn(options.models, registry, metrics, options.on_progress);
     let router = http::router(app.clone());
-    let connections = tokio::spawn(accept::serve(listener, router, options.http, app.stop.clone()));
+    let write_timeouts = app.metrics.write_timeouts();
+    let serving = accept::serve(listener, router, options.http, write_timeouts, app.stop.clone());
+    let connections = tokio::spawn(serving);
     tracing::info!(%address, keys = app.keys.len(), "listening");
     Ok(Node { address, app, connections: Some(connections), drain_limit: options.drain_limit })
 }

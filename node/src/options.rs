@@ -21,6 +21,13 @@ pub struct HttpLimits {
     pub head_timeout: Duration,
     /// Silence in a stream after which a comment is sent, so that proxies keep it open.
     pub keep_alive: Duration,
+    /// Time in which a client must take something of what waits for it; then its connection is closed
+    /// and its request cancelled. Too small: clients that pause lose their answers. Too large: those
+    /// that never read hold a connection and the memory of its socket.
+    pub write_timeout: Duration,
+    /// Time that a request may take, from its arrival to the end of its answer; a client may ask for
+    /// less. Too small: long answers break off. Too large: forgotten requests hold blocks.
+    pub request_timeout: Duration,
 }
 
 impl Default for HttpLimits {
@@ -31,6 +38,8 @@ impl Default for HttpLimits {
             body_timeout: Duration::from_secs(30),
             head_timeout: Duration::from_secs(75),
             keep_alive: Duration::from_secs(15),
+            write_timeout: Duration::from_secs(30),
+            request_timeout: Duration::from_secs(3600),
         }
     }
 }

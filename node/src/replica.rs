@@ -139,7 +139,11 @@ pub struct ReplicaHandle {
     running: Arc<AtomicBool>,
     /// As it was after the last step.
     stats: Arc<Mutex<Stats>>,
+    clock: Clock,
 }
+
+/// The time of a replica.
+pub type Clock = Arc<dyn Fn() -> Instant + Send + Sync>;
 
 struct Submission {
     parts: Vec<Work>,
@@ -152,7 +156,7 @@ impl ReplicaHandle {
     pub fn spawn(
         name: &str,
         core: Box<dyn Core>,
-        clock: impl Fn() -> Instant + Send + 'static,
+        clock: Clock,
         metrics: ModelMetrics,
     ) -> std::io::Result<(ReplicaHandle, JoinHandle<()>)> {
         let (inbox, commands) = sync_channel(INBOX_MAX);
@@ -161,10 +165,18 @@ impl ReplicaHandle {
         let alive = Alive(running.clone());
         let stats = Arc::new(Mutex::new(core.stats()));
         let published = stats.clone();
+        let time = clock.clone();
         let thread =
             std::thread::Builder::new().name(format!("replica {name}")).spawn(move || {
-                let requests = BTreeMap::new();
-                let shell = Shell { core, clock, metrics, requests, published, preemptions: 0 };
+                let shell = Shell {
+                    core,
+                    clock: time,
+                    metrics,
+                    requests: BTreeMap::new(),
+                    published,
+                    unsettled: false,
+                    preemptions: 0,
+                };
                 // A panic ends this replica only: its clients get an error, and the model is reported
                 // as unavailable. Nothing of the broken state is used again.
                 let run = AssertUnwindSafe(|| shell.run(commands, alive));
@@ -175,7 +187,7 @@ impl ReplicaHandle {
                     );
                 }
             })?;
-        Ok((ReplicaHandle { inbox, running, stats }, thread))
+        Ok((ReplicaHandle { inbox, running, stats, clock }, thread))
     }
 
     /// False once the thread has ended.
@@ -186,6 +198,13 @@ impl ReplicaHandle {
     /// How much it has to do, as of its last step.
     pub fn stats(&self) -> Stats {
         *self.stats.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A moment of this process in the replica's time; one that has passed is now.
+    pub fn time_of(&self, moment: std::time::Instant) -> Instant {
+        let left = moment.saturating_duration_since(std::time::Instant::now());
+        let left = u64::try_from(left.as_nanos()).unwrap_or(u64::MAX);
+        (self.clock)() + protocol::Duration::from_nanos(left)
     }
 
     /// Hands the parts of one client request over. Their events arrive in the receiver; dropping it
@@ -214,12 +233,14 @@ impl Drop for Alive {
     }
 }
 
-struct Shell<K> {
+struct Shell {
     core: Box<dyn Core>,
-    clock: K,
+    clock: Clock,
     metrics: ModelMetrics,
     requests: BTreeMap<RequestId, Open>,
     published: Arc<Mutex<Stats>>,
+    /// A request was cancelled since the last step: the next one frees its blocks.
+    unsettled: bool,
     preemptions: u64,
 }
 
@@ -230,14 +251,14 @@ struct Open {
     choices_open: usize,
 }
 
-impl<K: Fn() -> Instant> Shell<K> {
+impl Shell {
     fn run(mut self, inbox: Receiver<Submission>, alive: Alive) {
         // Goes before the inbox and the streams do: nobody sees them closed and the replica alive.
         let _alive = alive;
         let mut events = Vec::new();
         let mut stalled = false;
         loop {
-            if self.requests.is_empty() {
+            if self.requests.is_empty() && !self.unsettled {
                 match inbox.recv() {
                     Ok(submission) => self.submit(submission),
                     Err(_) => return,
@@ -254,8 +275,9 @@ impl<K: Fn() -> Instant> Shell<K> {
                 self.submit(submission);
             }
             self.cancel_abandoned();
+            self.unsettled = false;
             let began = (self.clock)();
-            let report = self.core.step(&self.clock, &mut events);
+            let report = self.core.step(&*self.clock, &mut events);
             if report.tokens > 0 {
                 let took = (self.clock)().saturating_since(began);
                 self.metrics.step_time.record(took.as_secs_f64());
@@ -325,6 +347,7 @@ impl<K: Fn() -> Instant> Shell<K> {
             self.metrics.slow_clients.increment(1);
             self.requests.remove(&request);
             self.core.cancel((self.clock)(), request);
+            self.unsettled = true;
             return;
         }
         if last {

@@ -82,6 +82,12 @@ pub struct UpArgs {
     /// Serve without keys on an address that others can reach.
     #[arg(long, help_heading = "API")]
     pub insecure: bool,
+    /// Seconds that a request may take, its queueing included; a client may ask for less.
+    #[arg(long, value_name = "SECONDS", help_heading = "API")]
+    pub request_timeout: Option<u32>,
+    /// Seconds in which a client must take something of an answer that waits for it.
+    #[arg(long, value_name = "SECONDS", help_heading = "API")]
+    pub write_timeout: Option<u32>,
     /// Where the node keeps its state.
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,

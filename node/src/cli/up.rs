@@ -5,7 +5,7 @@ use super::mesh::{self, MeshArgs};
 use super::model::{LoadedModel, ModelSpec, load};
 use anyhow::{Context, bail};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
-use node::{ApiKeys, Loaded, ModelOptions, Node, NodeOptions};
+use node::{ApiKeys, HttpLimits, Loaded, ModelOptions, Node, NodeOptions};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
@@ -13,6 +13,7 @@ use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 /// The settings of `--config`, all optional; the command line wins.
 #[derive(Debug, Default, Deserialize)]
@@ -23,6 +24,8 @@ struct Config {
     api: Option<SocketAddr>,
     api_keys: Option<PathBuf>,
     insecure: Option<bool>,
+    request_timeout: Option<u32>,
+    write_timeout: Option<u32>,
     data: Option<PathBuf>,
     threads: Option<usize>,
     mesh: Option<SocketAddr>,
@@ -41,6 +44,7 @@ pub struct Served {
     pub models: Vec<String>,
     pub keys: ApiKeys,
     pub insecure: bool,
+    pub http: HttpLimits,
     /// Where the node keeps its secret; without one it lives in memory.
     pub data: Option<PathBuf>,
     /// Show progress on the terminal.
@@ -50,7 +54,8 @@ pub struct Served {
 impl Served {
     pub fn new(api: SocketAddr, models: Vec<String>) -> Self {
         let keys = ApiKeys::default();
-        Served { api, models, keys, insecure: false, data: None, bar: true }
+        let http = HttpLimits::default();
+        Served { api, models, keys, insecure: false, http, data: None, bar: true }
     }
 }
 
@@ -97,6 +102,7 @@ pub async fn serve(served: Served, engine: &EngineArgs) -> anyhow::Result<Node> 
     let mut options = NodeOptions::new(served.api, models);
     options.keys = served.keys;
     options.insecure = served.insecure;
+    options.http = served.http;
     let bars = Bars::new(served.bar && std::io::stderr().is_terminal());
     options.on_progress = Some({
         let bars = bars.clone();
@@ -156,8 +162,22 @@ fn settings(args: UpArgs) -> anyhow::Result<(Served, MeshArgs, EngineArgs)> {
         step_tokens: args.engine.step_tokens.or(config.step_tokens),
         isa: args.engine.isa,
     };
+    let seconds = |setting: Option<u32>, default| match setting {
+        Some(s) => Duration::from_secs(u64::from(s.max(1))),
+        None => default,
+    };
+    let limits = HttpLimits::default();
+    let http = HttpLimits {
+        request_timeout: seconds(
+            args.request_timeout.or(config.request_timeout),
+            limits.request_timeout,
+        ),
+        write_timeout: seconds(args.write_timeout.or(config.write_timeout), limits.write_timeout),
+        ..limits
+    };
     let served = Served {
         keys,
+        http,
         insecure: args.insecure || config.insecure.unwrap_or(false),
         data: Some(args.data.or(config.data).unwrap_or_else(default_data)),
         ..Served::new(args.api.or(config.api).unwrap_or(API_DEFAULT), models)

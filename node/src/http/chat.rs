@@ -16,29 +16,27 @@ use engine::sampler::SampledToken;
 use protocol::TokenId;
 use protocol::api::{
     self, ApiError, CalledFunction, ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion,
-    ChatLogprobs, ChatMessageOut, ChatRequest, Delta, ErrorBody, ErrorCode, Role, Stop,
-    TokenLogprob, ToolCall, ToolCallDelta, TopLogprob, Usage,
+    ChatLogprobs, ChatMessageOut, ChatRequest, Delta, ErrorCode, Role, Stop, TokenLogprob,
+    ToolCall, ToolCallDelta, TopLogprob, Usage,
 };
 use serde_json::Value;
 
 use super::error::Failure;
 use super::generation::{Generation, Update};
 use super::guard::Caller;
+use super::openapi::{Refusals, TimeoutHeader};
 use super::sse::{self, Chunks, Frames};
 use super::{App, body, params, tools, unix_now};
 use crate::model::Model;
 use crate::replica::Work;
 
 /// Answers a chat.
-#[utoipa::path(post, path = "/v1/chat/completions", tag = "inference", request_body = ChatRequest,
+#[utoipa::path(post, path = "/v1/chat/completions", tag = "inference", params(TimeoutHeader),
+    request_body = ChatRequest,
     responses(
         (status = 200, description = "choices; with `stream`, events", content(
             (ChatCompletion = "application/json"), (ChatChunk = "text/event-stream"))),
-        (status = 400, description = "a bad request", body = ErrorBody),
-        (status = 401, description = "no valid key", body = ErrorBody),
-        (status = 404, description = "no such model", body = ErrorBody),
-        (status = 429, description = "the queue is full", body = ErrorBody),
-        (status = 503, description = "loading, overloaded or shutting down", body = ErrorBody),
+        Refusals,
     ))]
 pub(crate) async fn chat(
     State(app): State<Arc<App>>,
@@ -71,6 +69,7 @@ pub(crate) async fn chat(
     let grammar = params::compile(&model, spec, param).await?;
     let work = GenerateRequest {
         tenant: caller.tenant.clone(),
+        deadline: Some(model.replica.time_of(caller.deadline)),
         choices,
         sampling,
         seed: request.seed,
@@ -96,7 +95,7 @@ pub(crate) async fn chat(
         _ => error,
     })?;
     match request.stream == Some(true) {
-        true => Ok(sse::response(generation, writer, app.limits.keep_alive)),
+        true => Ok(sse::response(generation, writer, app.limits.keep_alive).await?),
         false => Ok(axum::Json(writer.collect(generation).await?).into_response()),
     }
 }

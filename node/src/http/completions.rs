@@ -12,29 +12,27 @@ use engine::replica::{Event, FinishReason, GenerateRequest, PRIORITY_DEFAULT, Sc
 use engine::sampler::SampledToken;
 use protocol::TokenId;
 use protocol::api::{
-    self, ApiError, Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, ErrorBody,
-    ErrorCode, Stop, Usage,
+    self, ApiError, Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, Stop,
+    Usage,
 };
 
 use super::error::Failure;
-use super::generation::{Generation, Update, request_error, submit_error};
+use super::generation::{self, Generation, Update};
 use super::guard::Caller;
+use super::openapi::{Refusals, TimeoutHeader};
 use super::sse::{self, Chunks, Frames};
-use super::{App, body, embeddings, params, shutting_down, unix_now};
+use super::{App, body, embeddings, params, unix_now};
 use crate::ids;
 use crate::model::Model;
 use crate::replica::Work;
 
 /// Continues each prompt.
-#[utoipa::path(post, path = "/v1/completions", tag = "inference", request_body = CompletionRequest,
+#[utoipa::path(post, path = "/v1/completions", tag = "inference", params(TimeoutHeader),
+    request_body = CompletionRequest,
     responses(
         (status = 200, description = "choices; with `stream`, events", content(
             (Completion = "application/json"), (Completion = "text/event-stream"))),
-        (status = 400, description = "a bad request", body = ErrorBody),
-        (status = 401, description = "no valid key", body = ErrorBody),
-        (status = 404, description = "no such model", body = ErrorBody),
-        (status = 429, description = "the queue is full", body = ErrorBody),
-        (status = 503, description = "loading, overloaded or shutting down", body = ErrorBody),
+        Refusals,
     ))]
 pub(crate) async fn completions(
     State(app): State<Arc<App>>,
@@ -80,9 +78,11 @@ pub(crate) async fn completions(
         let spec = params::grammar(request.grammar.as_ref());
         params::compile(&model, spec, "grammar").await?
     };
+    let deadline = Some(model.replica.time_of(caller.deadline));
     let parts = prompts.into_iter().enumerate().map(|(i, prompt)| {
         Work::Generate(Box::new(GenerateRequest {
             tenant: caller.tenant.clone(),
+            deadline,
             choices,
             sampling: sampling.clone(),
             seed: request.seed,
@@ -104,7 +104,7 @@ pub(crate) async fn completions(
     )
     .await?;
     match request.stream == Some(true) {
-        true => Ok(sse::response(generation, writer, app.limits.keep_alive)),
+        true => Ok(sse::response(generation, writer, app.limits.keep_alive).await?),
         false => Ok(axum::Json(writer.collect(generation).await?).into_response()),
     }
 }
@@ -134,33 +134,14 @@ async fn echoes(
             tokens: prompt.clone(),
             top: top as usize,
             priority: request.priority.unwrap_or(PRIORITY_DEFAULT),
-            deadline: None,
+            deadline: Some(model.replica.time_of(caller.deadline)),
         })
     });
-    let scores = async {
-        let mut events = model.replica.submit(parts.collect()).await.map_err(submit_error)?;
-        let mut scores = vec![Vec::new(); prompts.len()];
-        let mut open = prompts.len();
-        while open > 0 {
-            match events.recv().await {
-                Some((part, Event::Scores { tokens })) => {
-                    scores[part] = tokens;
-                    open -= 1;
-                }
-                Some((_, Event::Failed { error, .. })) => return Err(request_error(error)),
-                Some(_) => {}
-                None => {
-                    let message = "the replica of this model has stopped: restart the node";
-                    return Err(ApiError::new(ErrorCode::ModelUnavailable, message));
-                }
-            }
-        }
-        Ok(scores)
+    let scores = |event| match event {
+        Event::Scores { tokens } => Some(tokens),
+        _ => None,
     };
-    let scores = tokio::select! {
-        scores = scores => scores?,
-        () = app.cancel.cancelled() => return Err(shutting_down()),
-    };
+    let scores = generation::answers(model, &app.cancel, parts.collect(), scores).await?;
     Ok(prompts
         .iter()
         .zip(scores)

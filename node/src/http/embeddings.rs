@@ -11,26 +11,24 @@ use engine::replica::{EmbedRequest, Event, PRIORITY_DEFAULT, Pooling};
 use protocol::TokenId;
 use protocol::api::{
     ApiError, Embedding, EmbeddingData, EmbeddingList, EmbeddingRequest, EmbeddingUsage,
-    EncodingFormat, ErrorBody, ErrorCode, Input,
+    EncodingFormat, ErrorCode, Input,
 };
 
 use super::error::Failure;
-use super::generation::{request_error, submit_error};
+use super::generation;
 use super::guard::Caller;
-use super::{App, body, shutting_down};
+use super::openapi::{Refusals, TimeoutHeader};
+use super::{App, body};
 use crate::ids;
 use crate::model::Model;
 use crate::replica::Work;
 
 /// One vector for each text.
-#[utoipa::path(post, path = "/v1/embeddings", tag = "inference", request_body = EmbeddingRequest,
+#[utoipa::path(post, path = "/v1/embeddings", tag = "inference", params(TimeoutHeader),
+    request_body = EmbeddingRequest,
     responses(
         (status = 200, description = "vectors, in the order of the texts", body = EmbeddingList),
-        (status = 400, description = "a bad request", body = ErrorBody),
-        (status = 401, description = "no valid key", body = ErrorBody),
-        (status = 404, description = "no such model", body = ErrorBody),
-        (status = 429, description = "the queue is full", body = ErrorBody),
-        (status = 503, description = "loading, overloaded or shutting down", body = ErrorBody),
+        Refusals,
     ))]
 pub(crate) async fn embeddings(
     State(app): State<Arc<App>>,
@@ -49,7 +47,6 @@ pub(crate) async fn embeddings(
     let EmbeddingRequest { input, encoding_format, priority, .. } = request;
     let texts = tokenize(model.clone(), input, "input").await?;
     let prompt_tokens: usize = texts.iter().map(Vec::len).sum();
-    let count = texts.len();
     let parts = texts.into_iter().enumerate().map(|(i, tokens)| {
         Work::Embed(EmbedRequest {
             request: ids::part(caller.log.id, i),
@@ -57,13 +54,14 @@ pub(crate) async fn embeddings(
             tokens,
             pooling: Pooling::Mean,
             priority: priority.unwrap_or(PRIORITY_DEFAULT),
-            deadline: None,
+            deadline: Some(model.replica.time_of(caller.deadline)),
         })
     });
-    let vectors = tokio::select! {
-        vectors = compute(&model, parts.collect(), count) => vectors?,
-        () = app.cancel.cancelled() => return Err(shutting_down().into()),
+    let vectors = |event| match event {
+        Event::Embedding { vector } => Some(vector),
+        _ => None,
     };
+    let vectors = generation::answers(&model, &app.cancel, parts.collect(), vectors).await?;
     caller.log.tokens(prompt_tokens as u64, 0, 0);
     model.metrics.input_tokens.record(prompt_tokens as f64);
     let format = encoding_format.unwrap_or_default();
@@ -85,27 +83,6 @@ pub(crate) async fn embeddings(
         },
     };
     Ok(axum::Json(list).into_response())
-}
-
-async fn compute(model: &Model, parts: Vec<Work>, count: usize) -> Result<Vec<Vec<f32>>, ApiError> {
-    let mut events = model.replica.submit(parts).await.map_err(submit_error)?;
-    let mut vectors = vec![Vec::new(); count];
-    let mut open = count;
-    while open > 0 {
-        match events.recv().await {
-            Some((part, Event::Embedding { vector })) => {
-                vectors[part] = vector;
-                open -= 1;
-            }
-            Some((_, Event::Failed { error, .. })) => return Err(request_error(error)),
-            Some(_) => {}
-            None => {
-                let message = "the replica of this model has stopped: restart the node";
-                return Err(ApiError::new(ErrorCode::ModelUnavailable, message));
-            }
-        }
-    }
-    Ok(vectors)
 }
 
 /// Texts as tokens. Runs off the async threads: long texts take many milliseconds.

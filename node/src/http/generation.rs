@@ -205,6 +205,37 @@ impl Drop for Generation {
     }
 }
 
+/// Runs parts that answer with one event each; gives what `take` makes of these, in their order.
+pub(crate) async fn answers<T: Clone + Default>(
+    model: &Model,
+    cancel: &CancellationToken,
+    parts: Vec<Work>,
+    take: impl Fn(Event) -> Option<T>,
+) -> Result<Vec<T>, ApiError> {
+    let mut answers = vec![T::default(); parts.len()];
+    let run = async {
+        let mut open = parts.len();
+        let mut events = model.replica.submit(parts).await.map_err(submit_error)?;
+        while open > 0 {
+            let (part, event) =
+                events.recv().await.ok_or_else(|| submit_error(SubmitError::Stopped))?;
+            if let Event::Failed { error, .. } = event {
+                return Err(request_error(error));
+            }
+            if let Some(answer) = take(event) {
+                answers[part] = answer;
+                open -= 1;
+            }
+        }
+        Ok::<(), ApiError>(())
+    };
+    tokio::select! {
+        ended = run => ended?,
+        () = cancel.cancelled() => return Err(super::shutting_down()),
+    }
+    Ok(answers)
+}
+
 /// The channel was closed although the request was not finished.
 fn lost() -> ApiError {
     ApiError::new(
@@ -213,7 +244,7 @@ fn lost() -> ApiError {
     )
 }
 
-pub(crate) fn submit_error(error: SubmitError) -> ApiError {
+fn submit_error(error: SubmitError) -> ApiError {
     match error {
         SubmitError::Request(error) => request_error(error),
         SubmitError::Busy => {
@@ -227,7 +258,7 @@ pub(crate) fn submit_error(error: SubmitError) -> ApiError {
 }
 
 /// What the replica says, as the client shall hear it.
-pub(crate) fn request_error(error: RequestError) -> ApiError {
+fn request_error(error: RequestError) -> ApiError {
     let message = error.to_string();
     let plain = |code| ApiError::new(code, message.clone());
     let seconds = |d: protocol::Duration| u32::try_from(d.as_secs().max(1)).unwrap_or(u32::MAX);

@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::extract::State;
@@ -20,6 +21,8 @@ use super::log::{RequestLog, TraceParent};
 pub(crate) struct Caller {
     pub tenant: TenantId,
     pub log: Arc<RequestLog>,
+    /// When its answer must be complete.
+    pub deadline: Instant,
 }
 
 /// Names the request, lets it through or refuses it, and names the answer.
@@ -38,10 +41,13 @@ pub(crate) async fn guard(
         &app,
     );
     let host = if app.check_host { check_host(headers, request.uri()) } else { Ok(()) };
-    let admitted = host.and_then(|()| authenticate(&app, request.uri().path(), headers, &log));
+    let admitted = host
+        .and_then(|()| authenticate(&app, request.uri().path(), headers, &log))
+        .and_then(|tenant| Ok((tenant, timeout(headers, app.limits.request_timeout)?)));
     let mut response = match admitted {
-        Ok(tenant) => {
-            request.extensions_mut().insert(Caller { tenant, log: log.clone() });
+        Ok((tenant, timeout)) => {
+            let deadline = log.started + timeout;
+            request.extensions_mut().insert(Caller { tenant, log: log.clone(), deadline });
             next.run(request).await
         }
         Err(error) => Failure(error).into_response(),
@@ -85,6 +91,15 @@ fn authenticate(
     }
 }
 
+/// What the client asks for, at most what the node allows.
+fn timeout(headers: &HeaderMap, most: Duration) -> Result<Duration, ApiError> {
+    let Some(value) = headers.get(TIMEOUT_HEADER) else { return Ok(most) };
+    match value.to_str().ok().and_then(|v| v.trim().parse::<u64>().ok()) {
+        Some(ms) if ms > 0 => Ok(Duration::from_millis(ms).min(most)),
+        _ => Err(ApiError::value(TIMEOUT_HEADER, "a whole number of milliseconds, at least 1")),
+    }
+}
+
 /// A web page that the owner of this machine visits can make the browser send requests to loopback,
 /// under a name of the page's own (DNS rebinding). Such requests carry a foreign `Host` or `Origin`.
 fn check_host(headers: &HeaderMap, uri: &Uri) -> Result<(), ApiError> {
@@ -122,9 +137,32 @@ fn is_loopback(host_and_port: &str) -> bool {
     port_ok && name_ok
 }
 
+/// How a client says how long its request may take, in milliseconds.
+pub(crate) const TIMEOUT_HEADER: &str = "x-request-timeout-ms";
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn timeouts() {
+        let most = Duration::from_secs(10);
+        for (value, expect) in [
+            ("250", Some(Duration::from_millis(250))),
+            (" 9999 ", Some(Duration::from_millis(9_999))),
+            ("86400000", Some(most)),
+            ("0", None),
+            ("-1", None),
+            ("1.5", None),
+            ("soon", None),
+            ("99999999999999999999", None),
+        ] {
+            let mut headers = HeaderMap::new();
+            headers.insert(TIMEOUT_HEADER, HeaderValue::from_static(value));
+            assert_eq!(timeout(&headers, most).ok(), expect, "{value:?}");
+        }
+        assert_eq!(timeout(&HeaderMap::new(), most).ok(), Some(most));
+    }
 
     #[test]
     fn hosts() {

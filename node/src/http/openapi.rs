@@ -1,9 +1,16 @@
 //! The API's OpenAPI document, made from the handlers and types. A copy is checked in as
 //! `docs/openapi.json`; a test fails when it is out of date.
 
+use std::collections::BTreeMap;
 use std::sync::OnceLock;
 
-use utoipa::OpenApi;
+use protocol::api::ErrorBody;
+use utoipa::openapi::content::ContentBuilder;
+use utoipa::openapi::path::{Parameter, ParameterBuilder, ParameterIn};
+use utoipa::openapi::{ObjectBuilder, Ref, RefOr, Required, ResponseBuilder, Type};
+use utoipa::{OpenApi, ToSchema};
+
+use super::guard::TIMEOUT_HEADER;
 
 #[derive(OpenApi)]
 #[openapi(
@@ -27,6 +34,48 @@ use utoipa::OpenApi;
     modifiers(&Security),
 )]
 struct Api;
+
+/// How every endpoint that runs a model may refuse: by the statuses of the error codes.
+pub(super) struct Refusals;
+
+impl utoipa::IntoResponses for Refusals {
+    fn responses() -> BTreeMap<String, RefOr<utoipa::openapi::Response>> {
+        let body =
+            || ContentBuilder::new().schema(Some(Ref::from_schema_name(ErrorBody::name()))).build();
+        let refusal = |(status, description): (u16, &str)| {
+            let response = ResponseBuilder::new().description(description);
+            let response = response.content("application/json", body()).build();
+            (status.to_string(), RefOr::T(response))
+        };
+        REFUSALS.into_iter().map(refusal).collect()
+    }
+}
+
+/// The header by which a client bounds its request.
+pub(super) struct TimeoutHeader;
+
+impl utoipa::IntoParams for TimeoutHeader {
+    fn into_params(_: impl Fn() -> Option<ParameterIn>) -> Vec<Parameter> {
+        let schema = ObjectBuilder::new().schema_type(Type::Integer).minimum(Some(1)).build();
+        let description = "milliseconds that the request may take, at most what the node allows";
+        let header = ParameterBuilder::new()
+            .name(TIMEOUT_HEADER)
+            .parameter_in(ParameterIn::Header)
+            .required(Required::False)
+            .description(Some(description))
+            .schema(Some(schema));
+        vec![header.build()]
+    }
+}
+
+const REFUSALS: [(u16, &str); 6] = [
+    (400, "a bad request"),
+    (401, "no valid key"),
+    (404, "no such model"),
+    (429, "the queue is full"),
+    (503, "loading, overloaded or shutting down"),
+    (504, "the deadline of the request has passed"),
+];
 
 /// Keys are sent as bearer tokens.
 struct Security;

@@ -1,6 +1,7 @@
 //! Fields of a request as the sampler and the grammar want them.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use engine::grammar::{Grammar as CompiledGrammar, GrammarSpec};
 use engine::sampler::SamplingParams;
@@ -50,19 +51,20 @@ pub(crate) fn check(sampling: &SamplingParams, vocab: usize) -> Result<(), ApiEr
 
 /// Compiles what an answer must be, off the async threads; `param` is the field that asked for it.
 pub(crate) async fn compile(
-    model: &Model,
+    model: &Arc<Model>,
     spec: Option<GrammarSpec>,
     param: &'static str,
 ) -> Result<Option<CompiledGrammar>, ApiError> {
     let Some(spec) = spec else { return Ok(None) };
-    let Some(env) = model.grammars.clone() else {
-        let message = format!("{param}: model {} has no token that ends a text", model.id);
-        return Err(ApiError::new(ErrorCode::UnsupportedParameter, message).at(param));
-    };
-    let compiled = tokio::task::spawn_blocking(move || CompiledGrammar::compile(&env, &spec));
-    match compiled.await {
-        Ok(Ok(grammar)) => Ok(Some(grammar)),
-        Ok(Err(error)) => {
+    let model = model.clone();
+    let compile = move || model.grammars.as_ref().map(|grammars| grammars.compile(&spec));
+    match tokio::task::spawn_blocking(compile).await {
+        Ok(Some(Ok(grammar))) => Ok(Some(grammar)),
+        Ok(None) => {
+            let message = format!("{param}: no text of this model can end, so it has no grammars");
+            Err(ApiError::new(ErrorCode::UnsupportedParameter, message).at(param))
+        }
+        Ok(Some(Err(error))) => {
             let message = format!("{param}: {error}");
             Err(ApiError::new(ErrorCode::InvalidGrammar, message).at(param))
         }

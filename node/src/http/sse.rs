@@ -12,6 +12,7 @@ use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use futures_util::stream;
+use protocol::api::ApiError;
 use serde::Serialize;
 
 use super::generation::{Generation, Update};
@@ -60,23 +61,36 @@ impl Frames {
     }
 }
 
-/// Streams a generation. The body holds the generation: when the client goes, hyper drops the body,
+/// Streams a generation. The head of the answer waits for the first update, at most `keep_alive`, so
+/// that a request which fails before its first token is refused with a status. The body holds the generation: when the client goes, hyper drops the body,
 /// and with it the receiver that the replica watches.
-pub(crate) fn response(
-    generation: Generation,
+///
+/// # Errors
+/// What the first update says, when it is a failure.
+pub(crate) async fn response(
+    mut generation: Generation,
     mut chunks: impl Chunks,
     keep_alive: Duration,
-) -> Response {
+) -> Result<Response, ApiError> {
     let mut frames = Frames::new(&generation);
     chunks.open(&mut frames);
+    let mut running = match tokio::time::timeout(keep_alive, generation.next()).await {
+        Ok(Some(Update::Failed(error))) => return Err(error),
+        Ok(first) => Running { generation, chunks, keep_alive }.write(first, &mut frames),
+        Err(_) => Some(Running { generation, chunks, keep_alive }),
+    };
+    if frames.text.is_empty()
+        && let Some(waiting) = running.take()
+    {
+        (frames.text, running) = waiting.advance().await;
+    }
     let first = Bytes::from(frames.text);
-    let running = Running { generation, chunks, keep_alive };
-    let body = stream::unfold((Some(first), Some(running)), |(first, running)| async move {
-        if let Some(first) = first.filter(|first| !first.is_empty()) {
+    let body = stream::unfold((Some(first), running), |(first, running)| async move {
+        if let Some(first) = first {
             return Some((Ok::<_, Infallible>(first), (None, running)));
         }
-        let (bytes, running) = running?.advance().await;
-        Some((Ok(bytes), (None, running)))
+        let (text, running) = running?.advance().await;
+        Some((Ok(text.into()), (None, running)))
     });
     let headers = [
         (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
@@ -84,7 +98,7 @@ pub(crate) fn response(
         // Asks nginx not to collect the stream before passing it on.
         (header::HeaderName::from_static("x-accel-buffering"), "no"),
     ];
-    (headers, Body::from_stream(body)).into_response()
+    Ok((headers, Body::from_stream(body)).into_response())
 }
 
 struct Running<C> {
@@ -95,41 +109,45 @@ struct Running<C> {
 
 impl<C: Chunks> Running<C> {
     /// Waits for something to send. `None` after the end.
-    async fn advance(mut self) -> (Bytes, Option<Self>) {
+    async fn advance(mut self) -> (String, Option<Self>) {
         let mut frames = Frames::new(&self.generation);
-        while frames.text.is_empty() {
+        loop {
             let next = tokio::time::timeout(self.keep_alive, self.generation.next()).await;
-            let Ok(mut next) = next else {
-                return (Bytes::from_static(b": keep-alive\n\n"), Some(self));
-            };
-            let mut taken = 0;
-            loop {
-                frames.point(&self.generation);
-                match next {
-                    Some(Update::Failed(error)) => {
-                        if let Ok(json) = serde_json::to_string(&error.body()) {
-                            frames.frame(Some("error"), &json);
-                        }
-                        return (frames.text.into(), None);
-                    }
-                    Some(update) => self.chunks.update(update, &mut frames),
-                    None => {
-                        self.chunks.close(&self.generation, &mut frames);
-                        frames.frame(None, "[DONE]");
-                        return (frames.text.into(), None);
-                    }
-                }
-                taken += 1;
-                if taken == UPDATES_PER_WRITE_MAX {
-                    break;
-                }
-                next = match self.generation.try_next() {
-                    Some(update) => Some(update),
-                    None => break,
-                };
+            let Ok(next) = next else { return (": keep-alive\n\n".to_owned(), Some(self)) };
+            match self.write(next, &mut frames) {
+                Some(running) if frames.text.is_empty() => self = running,
+                running => return (frames.text, running),
             }
         }
-        (frames.text.into(), Some(self))
+    }
+
+    /// Writes an update and those that are there already. `None` after the end.
+    fn write(mut self, mut next: Option<Update>, frames: &mut Frames) -> Option<Self> {
+        for left in (0..UPDATES_PER_WRITE_MAX).rev() {
+            frames.point(&self.generation);
+            match next {
+                Some(Update::Failed(error)) => {
+                    if let Ok(json) = serde_json::to_string(&error.body()) {
+                        frames.frame(Some("error"), &json);
+                    }
+                    return None;
+                }
+                Some(update) => self.chunks.update(update, frames),
+                None => {
+                    self.chunks.close(&self.generation, frames);
+                    frames.frame(None, "[DONE]");
+                    return None;
+                }
+            }
+            next = match left {
+                0 => None,
+                _ => self.generation.try_next(),
+            };
+            if next.is_none() {
+                break;
+            }
+        }
+        Some(self)
     }
 }
 

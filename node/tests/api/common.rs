@@ -21,6 +21,8 @@ use tokio::net::TcpStream;
 pub const TEXT: &str = "one two ";
 /// A prompt with this makes the replica panic in its next step.
 pub const PANIC: &str = "<<panic>>";
+/// A prompt with this fails in its first step.
+pub const BROKEN: &str = "<<broken>>";
 /// A prompt with this is refused as if the queue were full.
 pub const FULL: &str = "<<full>>";
 
@@ -87,7 +89,7 @@ impl Core for Script {
         self.jobs.remove(&request);
     }
 
-    fn step(&mut self, _clock: &dyn Fn() -> Instant, events: &mut Events) -> StepReport {
+    fn step(&mut self, clock: &dyn Fn() -> Instant, events: &mut Events) -> StepReport {
         let hold = self.control.hold.load(Ordering::SeqCst);
         let mut tokens = 0;
         let mut done = Vec::new();
@@ -95,6 +97,16 @@ impl Core for Script {
             match job {
                 Job::Generate { request, said } => {
                     assert!(!text_of(&request.prompt).contains(PANIC), "as the test asked");
+                    let late = request.deadline.is_some_and(|deadline| deadline <= clock());
+                    if late || text_of(&request.prompt).contains(BROKEN) {
+                        let error = match late {
+                            true => RequestError::DeadlineExceeded,
+                            false => RequestError::Grammar("as the test asked".to_owned()),
+                        };
+                        events.push((id, Event::Failed { choice: 0, error }));
+                        done.push(id);
+                        continue;
+                    }
                     if hold && *said >= 2 {
                         continue;
                     }

@@ -5,8 +5,10 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::common::*;
-use node::{ApiKeys, HttpLimits, ModelOptions, NodeOptions, ServeError};
+use node::{ApiKeys, HttpLimits, ModelOptions, Node, NodeOptions, ServeError};
 use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpSocket;
 
 #[tokio::test]
 async fn chat_answers_in_openai_shape() {
@@ -374,6 +376,75 @@ async fn a_client_that_leaves_frees_its_blocks() {
     let code = ["grapevine_http_requests_total", "code=\"cancelled\""];
     metric_becomes(&node, &[code[0], code[1], "status=\"200\""], 1.0).await;
     metric_becomes(&node, &[code[0], code[1], "status=\"499\""], 1.0).await;
+}
+
+#[tokio::test]
+async fn what_fails_before_its_first_token_has_a_status() {
+    let node = start(options(&Arc::default())).await;
+    for stream in [true, false] {
+        let messages = json!([{"role": "user", "content": BROKEN}]);
+        let chat = chat(json!({"messages": messages, "stream": stream}));
+        let text = json!({"model": "m", "prompt": BROKEN, "stream": stream});
+        for (path, body) in [("/v1/chat/completions", chat), ("/v1/completions", text)] {
+            let answer = post(&node, path, &body).await;
+            assert_eq!(answer.status, 400, "{path}: {}", answer.body);
+            assert_eq!(answer.error().0, "invalid_grammar");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_request_ends_at_its_deadline() {
+    let control = Arc::<Control>::default();
+    control.hold.store(true, Ordering::SeqCst);
+    let path = "/v1/chat/completions";
+    let ask = async |node: &Node, headers: &str, stream: bool| {
+        let body = chat(json!({"stream": stream, "max_tokens": 1000})).to_string();
+        send(node.address(), "POST", path, headers, body.as_bytes()).await.finish().await
+    };
+    let node = start(options(&control)).await;
+    let short = "x-request-timeout-ms: 60\r\n";
+    let answer = ask(&node, short, false).await;
+    assert_eq!((answer.status, answer.error().0.as_str()), (504, "deadline_exceeded"));
+    let answer = ask(&node, short, true).await;
+    assert_eq!(answer.status, 200, "it had begun: {}", answer.body);
+    assert!(answer.body.contains("\"content\":\"n\""), "{}", answer.body);
+    let (event, _, data) = answer.events().pop().expect("events");
+    assert_eq!(event.as_deref(), Some("error"));
+    assert!(data.contains("deadline_exceeded"), "{data}");
+    metric_becomes(&node, &["grapevine_kv_blocks", "state=\"used\""], 0.0).await;
+    for bad in ["0", "soon", "-5"] {
+        let answer = ask(&node, &format!("x-request-timeout-ms: {bad}\r\n"), true).await;
+        let param = Some("x-request-timeout-ms".to_owned());
+        assert_eq!((answer.status, answer.error()), (400, ("invalid_value".to_owned(), param)));
+    }
+    let http = HttpLimits { request_timeout: Duration::from_millis(60), ..HttpLimits::default() };
+    let node = start(NodeOptions { http, ..options(&control) }).await;
+    for headers in ["", "x-request-timeout-ms: 3600000\r\n"] {
+        assert_eq!(ask(&node, headers, false).await.status, 504, "the node's own limit");
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_never_reads_loses_its_connection() {
+    let http = HttpLimits { write_timeout: Duration::from_millis(100), ..HttpLimits::default() };
+    let node = start(NodeOptions { http, ..options(&Arc::default()) }).await;
+    let socket = TcpSocket::new_v4().expect("a socket");
+    socket.set_recv_buffer_size(4096).expect("a small buffer");
+    let mut stream = socket.connect(node.address()).await.expect("the node accepts");
+    // more than the sockets of both sides hold
+    let body = chat(json!({"stream": true, "n": 16, "logprobs": true, "top_logprobs": 2,
+                           "max_tokens": 100_000}))
+    .to_string();
+    let head = format!(
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: {}\r\ncontent-type: application/json\r\n\
+         content-length: {}\r\n\r\n{body}",
+        node.address(),
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).await.expect("the request is sent");
+    metric_becomes(&node, &["grapevine_http_write_timeouts_total"], 1.0).await;
+    metric_becomes(&node, &["grapevine_kv_blocks", "state=\"used\""], 0.0).await;
 }
 
 #[tokio::test]

@@ -153,6 +153,26 @@ async fn clients_that_leave_give_all_blocks_back() {
 }
 
 #[tokio::test]
+async fn what_is_past_its_deadline_gives_all_blocks_back() {
+    let node = tiny_node().await;
+    let headers = "x-request-timeout-ms: 1\r\n";
+    for (path, body) in [
+        ("/v1/chat/completions", ask(1, json!({"max_tokens": 400}))),
+        ("/v1/chat/completions", ask(2, json!({"max_tokens": 400, "n": 4}))),
+        ("/v1/completions", json!({"model": "m", "prompt": ["a", "b"], "max_tokens": 400})),
+        ("/v1/embeddings", json!({"model": "m", "input": vec!["a vine"; 200]})),
+    ] {
+        let body = body.to_string();
+        let call = send(node.address(), "POST", path, headers, body.as_bytes()).await;
+        let answer = call.finish().await;
+        assert_eq!(answer.status, 504, "{path}: {}", answer.body);
+        assert_eq!(answer.error().0, "deadline_exceeded");
+    }
+    metric_becomes(&node, &["grapevine_kv_blocks", "state=\"used\""], 0.0).await;
+    metric_becomes(&node, &["grapevine_sequences", "state=\"waiting\""], 0.0).await;
+}
+
+#[tokio::test]
 async fn embeddings_are_normalised_and_stable() {
     let node = tiny_node().await;
     let body = json!({"model": "m", "input": ["a vine", "a wall", "a vine"]});
