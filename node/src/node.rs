@@ -1,7 +1,8 @@
 //! A node from start to stop.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use thiserror::Error;
@@ -14,6 +15,7 @@ use crate::accept;
 use crate::http::{self, App};
 use crate::ids::RequestIds;
 use crate::load;
+use crate::mesh::{MembersError, Mesh, Roster};
 use crate::metrics::{CounterSource, Metrics};
 use crate::options::NodeOptions;
 use crate::registry::Registry;
@@ -51,7 +53,7 @@ pub struct Node {
 
 /// Starts a node: binds its address, answers at once, loads its models in the background.
 pub async fn serve(options: NodeOptions) -> Result<Node, ServeError> {
-    if options.models.is_empty() {
+    if options.models.is_empty() && !options.without_models {
         return Err(ServeError::NoModel);
     }
     for (i, model) in options.models.iter().enumerate() {
@@ -78,6 +80,7 @@ pub async fn serve(options: NodeOptions) -> Result<Node, ServeError> {
         keys: options.keys,
         limits: options.http.clone(),
         ids: RequestIds::new(),
+        roster: OnceLock::new(),
         running: TaskTracker::new(),
         drain: CancellationToken::new(),
         cancel: CancellationToken::new(),
@@ -108,6 +111,17 @@ impl Node {
         self.app.metrics.add_source(source);
     }
 
+    /// Takes part in a mesh: its nodes hear of this one's models and this one answers for theirs.
+    /// `roster` is the service that `mesh` was started with; `data` keeps what must survive.
+    ///
+    /// # Errors
+    /// If membership cannot begin; the node goes on alone.
+    pub fn join(&self, mesh: Mesh, roster: Arc<Roster>, data: &Path) -> Result<(), MembersError> {
+        roster.start(mesh, data, self.app.clone())?;
+        let _ = self.app.roster.set(roster);
+        Ok(())
+    }
+
     /// Waits until every model is loaded and has made a step, or has failed to.
     pub async fn ready(&self) -> Result<(), LoadFailed> {
         match self.app.registry.loaded().await {
@@ -124,6 +138,9 @@ impl Node {
         let app = &self.app;
         app.drain.cancel();
         app.running.close();
+        if let Some(roster) = app.roster.get() {
+            roster.leave().await;
+        }
         tracing::info!(running = app.running.len(), "draining");
         if tokio::time::timeout(self.drain_limit, app.running.wait()).await.is_err() {
             tracing::warn!(running = app.running.len(), "the drain limit has passed: breaking off");

@@ -63,6 +63,8 @@ pub struct NodeOptions {
     pub listen: SocketAddr,
     /// At least one; names are unique.
     pub models: Vec<ModelOptions>,
+    /// Start without a model: in a mesh, others have some.
+    pub without_models: bool,
     /// Needed to listen on anything but loopback, unless `insecure`.
     pub keys: ApiKeys,
     /// Serve everybody who can reach the address.
@@ -81,6 +83,7 @@ impl NodeOptions {
         NodeOptions {
             listen,
             models,
+            without_models: false,
             keys: ApiKeys::default(),
             insecure: false,
             http: HttpLimits::default(),

@@ -4,6 +4,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use protocol::api::{ApiError, ErrorCode, ModelInfo, ModelList};
+use protocol::node_record::{ReplicaRecord, ReplicaState};
 use serde::Serialize;
 use tokio::sync::watch;
 
@@ -110,6 +111,11 @@ impl Registry {
         self.entries.iter().map(Entry::readiness).collect()
     }
 
+    /// The models as this node tells others of them.
+    pub fn replica_records(&self) -> Vec<ReplicaRecord> {
+        self.entries.iter().map(Entry::replica_record).collect()
+    }
+
     /// Waits until no model is loading; the sentences of those that failed.
     pub async fn loaded(&self) -> Vec<(String, String)> {
         let mut changes = self.changes.subscribe();
@@ -144,6 +150,36 @@ impl Entry {
             created: self.created,
             owned_by: "grapevine".to_owned(),
             context_tokens_max,
+        }
+    }
+
+    fn replica_record(&self) -> ReplicaRecord {
+        let record = ReplicaRecord {
+            model: self.id.clone(),
+            created_s: self.created,
+            ..ReplicaRecord::default()
+        };
+        let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        match self.state() {
+            ModelState::Loading { .. } => record,
+            ModelState::Ready(model) if model.is_running() => {
+                let stats = model.replica.stats();
+                ReplicaRecord {
+                    fingerprint: model.fingerprint.clone(),
+                    state: ReplicaState::Ready,
+                    context_tokens_max: count(model.context_tokens_max),
+                    running: count(stats.running),
+                    waiting: count(stats.waiting),
+                    prompt_tokens: stats.prompt_tokens_left,
+                    prefill_rate: stats.prompt_rate,
+                    kv_blocks_free: count(stats.blocks_free + stats.blocks_cached),
+                    kv_blocks: count(stats.blocks_free + stats.blocks_cached + stats.blocks_used),
+                    ..record
+                }
+            }
+            ModelState::Ready(_) | ModelState::Failed(_) => {
+                ReplicaRecord { state: ReplicaState::Failed, ..record }
+            }
         }
     }
 

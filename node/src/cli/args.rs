@@ -30,6 +30,10 @@ pub enum Command {
     Demo(DemoArgs),
     /// Start a node that serves models.
     Up(UpArgs),
+    /// List the nodes of the mesh as the local node sees them.
+    Peers(super::peers::PeersArgs),
+    /// Show the local node and its mesh.
+    Status(super::mesh::LocalNodeArgs),
     /// Make a token with which another node joins this node's mesh.
     Invite(super::mesh::InviteArgs),
     /// Put a node out of the mesh at once.

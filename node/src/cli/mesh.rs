@@ -4,6 +4,7 @@
 use std::io::IsTerminal;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -13,7 +14,7 @@ use http_body_util::{BodyExt, Full};
 use hyper::{Method, Request, StatusCode, header};
 use hyper_util::rt::TokioIo;
 use node::mesh::{
-    CONTROL_SOCKET, ControlServer, IdentityError, LinkError, Mesh, MeshError, MeshOptions,
+    CONTROL_SOCKET, ControlServer, IdentityError, LinkError, Mesh, MeshError, MeshOptions, Roster,
     StoreError,
 };
 use protocol::identity::{Invite, UnixTime};
@@ -102,7 +103,7 @@ pub struct MeshArgs {
 }
 
 impl MeshArgs {
-    fn is_asked_for(&self) -> bool {
+    pub fn is_asked_for(&self) -> bool {
         self.listen.is_some() || self.join.is_some() || !self.advertise.is_empty()
     }
 }
@@ -110,6 +111,7 @@ impl MeshArgs {
 /// A member and its socket for the command line.
 pub struct Running {
     pub mesh: Mesh,
+    pub roster: Arc<Roster>,
     /// Cancelled when the node has left its mesh.
     pub left: CancellationToken,
     _control: ControlServer,
@@ -136,7 +138,9 @@ pub async fn start(args: &MeshArgs, data: &Path) -> anyhow::Result<Option<Runnin
 
 async fn try_start(args: &MeshArgs, data: &Path) -> anyhow::Result<Running> {
     let token = args.join.as_deref().map(str::parse::<Invite>).transpose().context("--join")?;
+    let roster = Roster::new();
     let options = |listen| MeshOptions {
+        service: roster.clone(),
         token: token.clone(),
         advertise: args.advertise.clone(),
         ..MeshOptions::new(data, listen)
@@ -150,9 +154,9 @@ async fn try_start(args: &MeshArgs, data: &Path) -> anyhow::Result<Running> {
         started => started?,
     };
     let left = CancellationToken::new();
-    let control = ControlServer::start(data, mesh.clone(), left.clone())
+    let control = ControlServer::start(data, mesh.clone(), roster.clone(), left.clone())
         .with_context(|| format!("cannot make {}", data.join(CONTROL_SOCKET).display()))?;
-    Ok(Running { mesh, left, _control: control })
+    Ok(Running { mesh, roster, left, _control: control })
 }
 
 /// What `vine up` says of its mesh.
@@ -241,7 +245,7 @@ pub async fn authority(args: &AuthorityArgs) -> anyhow::Result<()> {
 }
 
 /// Asks the local node.
-async fn ask(
+pub async fn ask(
     node: &LocalNodeArgs,
     method: Method,
     path: &str,

@@ -10,6 +10,7 @@ mod load;
 mod local;
 mod mesh;
 mod model;
+mod peers;
 mod progress;
 mod system;
 mod table;
@@ -40,6 +41,8 @@ fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Demo(args) => block_on(demo::demo(&args)),
         Command::Up(args) => block_on(up::up(args)),
+        Command::Peers(args) => block_on(peers::peers(&args)),
+        Command::Status(args) => block_on(peers::status(&args)),
         Command::Invite(args) => block_on(mesh::invite(&args)),
         Command::Revoke(args) => block_on(mesh::revoke(&args)),
         Command::Leave(args) => block_on(mesh::leave(&args)),

@@ -5,6 +5,7 @@ use super::mesh::{self, MeshArgs};
 use super::model::{LoadedModel, ModelSpec, load};
 use anyhow::{Context, bail};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use node::mesh::{Mesh, Roster};
 use node::{ApiKeys, HttpLimits, Loaded, ModelOptions, Node, NodeOptions};
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -49,23 +50,26 @@ pub struct Served {
     pub data: Option<PathBuf>,
     /// Show progress on the terminal.
     pub bar: bool,
+    /// The mesh to take part in.
+    pub mesh: Option<(Mesh, Arc<Roster>)>,
 }
 
 impl Served {
     pub fn new(api: SocketAddr, models: Vec<String>) -> Self {
         let keys = ApiKeys::default();
         let http = HttpLimits::default();
-        Served { api, models, keys, insecure: false, http, data: None, bar: true }
+        Served { api, models, keys, insecure: false, http, data: None, bar: true, mesh: None }
     }
 }
 
 pub async fn up(args: UpArgs) -> anyhow::Result<()> {
-    let (served, mesh, engine) = settings(args)?;
+    let (mut served, mesh, engine) = settings(args)?;
     let models = served.models.len();
     let running = match &served.data {
         Some(data) => mesh::start(&mesh, data).await?,
         None => None,
     };
+    served.mesh = running.as_ref().map(|r| (r.mesh.clone(), r.roster.clone()));
     let node = serve(served, &engine).await?;
     println!("serving {models} model(s) at {}/v1", node.url());
     let Some(running) = running else {
@@ -103,12 +107,17 @@ pub async fn serve(served: Served, engine: &EngineArgs) -> anyhow::Result<Node> 
     options.keys = served.keys;
     options.insecure = served.insecure;
     options.http = served.http;
+    options.without_models = served.mesh.is_some();
     let bars = Bars::new(served.bar && std::io::stderr().is_terminal());
     options.on_progress = Some({
         let bars = bars.clone();
         Arc::new(move |progress| bars.set(progress.model, progress.done))
     });
     let node = node::serve(options).await?;
+    // Before the models are loaded: others see that they come.
+    if let (Some((mesh, roster)), Some(data)) = (served.mesh, &served.data) {
+        node.join(mesh, roster, data)?;
+    }
     tokio::select! {
         ready = node.ready() => ready?,
         stopped = node::shutdown_signal() => {
@@ -146,7 +155,7 @@ fn settings(args: UpArgs) -> anyhow::Result<(Served, MeshArgs, EngineArgs)> {
         }
     };
     let models = if args.models.is_empty() { config.models } else { args.models };
-    if models.is_empty() {
+    if models.is_empty() && !args.mesh.is_asked_for() && config.mesh.is_none() {
         bail!("no model: say --model FILE.gguf, a Hugging Face directory, or `demo`");
     }
     let keys = match args.api_keys.or(config.api_keys) {

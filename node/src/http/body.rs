@@ -2,6 +2,7 @@
 
 use axum::body::Body;
 use axum::http::{Request, header};
+use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use protocol::api::{ApiError, ErrorCode};
 use serde::de::{DeserializeOwned, IgnoredAny};
@@ -19,23 +20,27 @@ pub(crate) async fn read_json<T: DeserializeOwned>(
         let message = "the body must be declared as JSON: content-type: application/json";
         return Err(ApiError::new(ErrorCode::UnsupportedMediaType, message));
     }
-    let read = Limited::new(request.into_body(), limits.body_bytes_max).collect();
-    let bytes = match tokio::time::timeout(limits.body_timeout, read).await {
-        Ok(Ok(body)) => body.to_bytes(),
+    parse(&read(request.into_body(), limits).await?)
+}
+
+/// Reads a body within its bounds of size and time.
+pub(crate) async fn read(body: Body, limits: &HttpLimits) -> Result<Bytes, ApiError> {
+    let read = Limited::new(body, limits.body_bytes_max).collect();
+    match tokio::time::timeout(limits.body_timeout, read).await {
+        Ok(Ok(body)) => Ok(body.to_bytes()),
         Ok(Err(e)) if e.is::<LengthLimitError>() => {
             let message = format!("the body is larger than {} bytes", limits.body_bytes_max);
-            return Err(ApiError::new(ErrorCode::RequestTooLarge, message));
+            Err(ApiError::new(ErrorCode::RequestTooLarge, message))
         }
         Ok(Err(e)) => {
             let message = format!("the body could not be read: {e}");
-            return Err(ApiError::new(ErrorCode::InvalidJson, message));
+            Err(ApiError::new(ErrorCode::InvalidJson, message))
         }
         Err(_) => {
             let message = format!("the body took more than {} s", limits.body_timeout.as_secs());
-            return Err(ApiError::new(ErrorCode::RequestTimeout, message));
+            Err(ApiError::new(ErrorCode::RequestTimeout, message))
         }
-    };
-    parse(&bytes)
+    }
 }
 
 /// Parses JSON; an error names the line and column, or the field.

@@ -9,6 +9,7 @@ mod chat;
 mod completions;
 mod embeddings;
 mod error;
+mod forward;
 mod generation;
 mod guard;
 mod log;
@@ -18,7 +19,7 @@ mod sse;
 mod system;
 mod tools;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
@@ -29,9 +30,13 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower_http::catch_panic::CatchPanicLayer;
 
+pub(crate) use guard::Caller;
+pub(crate) use log::{RequestLog, TraceParent};
+
 pub use auth::{API_KEY_VARIABLE, ApiKeys, ApiKeysError, KEY_BYTES_MIN, KEYS_MAX};
 
 use crate::ids::RequestIds;
+use crate::mesh::Roster;
 use crate::metrics::Metrics;
 use crate::options::HttpLimits;
 use crate::registry::Registry;
@@ -46,6 +51,8 @@ pub(crate) struct App {
     pub check_host: bool,
     pub limits: HttpLimits,
     pub ids: RequestIds,
+    /// The other nodes, once this one is in a mesh.
+    pub roster: OnceLock<Arc<Roster>>,
     /// Requests that run a model, until the end of their answers.
     pub running: TaskTracker,
     /// No new work; `/readyz` says so.
@@ -66,11 +73,23 @@ impl App {
     }
 }
 
-pub(crate) fn router(app: Arc<App>) -> Router {
+/// The endpoints that run a model.
+fn inference() -> Router<Arc<App>> {
     Router::new()
         .route("/v1/chat/completions", post(chat::chat))
         .route("/v1/completions", post(completions::completions))
         .route("/v1/embeddings", post(embeddings::embeddings))
+}
+
+/// The handlers for requests that came in at another node: they are answered here and nowhere else.
+pub(crate) fn answering(app: Arc<App>) -> Router {
+    inference().layer(CatchPanicLayer::custom(panicked)).with_state(app)
+}
+
+pub(crate) fn router(app: Arc<App>) -> Router {
+    let forward = axum::middleware::from_fn_with_state(app.clone(), forward::forward);
+    inference()
+        .route_layer(forward)
         .route("/v1/models", get(system::models))
         .route("/v1/models/{*id}", get(system::model))
         .route("/healthz", get(system::healthz))

@@ -6,6 +6,7 @@ use axum::extract::{Path, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use protocol::api::{ApiError, ErrorBody, ErrorCode, ModelInfo, ModelList};
+use protocol::node_record::ReplicaRecord;
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -66,13 +67,19 @@ pub(crate) async fn openapi() -> Response {
     ([(header::CONTENT_TYPE, "application/json")], super::openapi::document()).into_response()
 }
 
-/// The models of this node.
+/// The models of this node and of the nodes it knows.
 #[utoipa::path(get, path = "/v1/models", tag = "models", responses(
     (status = 200, description = "models, also those still being loaded", body = ModelList),
     (status = 401, description = "no valid key", body = ErrorBody),
 ))]
 pub(crate) async fn models(State(app): State<Arc<App>>) -> Response {
-    axum::Json(app.registry.list()).into_response()
+    let mut list = app.registry.list();
+    for replica in app.roster.get().iter().flat_map(|roster| roster.models_elsewhere()) {
+        if list.data.iter().all(|model| model.id != replica.model) {
+            list.data.push(model_info(replica));
+        }
+    }
+    axum::Json(list).into_response()
 }
 
 /// One model. Names may contain slashes.
@@ -86,9 +93,24 @@ pub(crate) async fn model(
     State(app): State<Arc<App>>,
     Path(id): Path<String>,
 ) -> Result<Response, Failure> {
-    match app.registry.info(&id) {
+    let elsewhere = || {
+        let replicas = app.roster.get()?.models_elsewhere();
+        replicas.into_iter().find(|replica| replica.model == id).map(model_info)
+    };
+    match app.registry.info(&id).or_else(elsewhere) {
         Some(info) => Ok(axum::Json(info).into_response()),
         None => Err(Failure(app.registry.not_found(&id))),
+    }
+}
+
+fn model_info(replica: ReplicaRecord) -> ModelInfo {
+    let context = u64::from(replica.context_tokens_max);
+    ModelInfo {
+        id: replica.model,
+        object: "model".to_owned(),
+        created: replica.created_s,
+        owned_by: "grapevine".to_owned(),
+        context_tokens_max: (context > 0).then_some(context),
     }
 }
 

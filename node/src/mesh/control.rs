@@ -4,6 +4,7 @@
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -12,6 +13,8 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use protocol::NodeId;
 use protocol::identity::{INVITE_SEEDS_MAX, Roles};
+use protocol::membership::MemberState;
+use protocol::node_record::{ReplicaRecord, ReplicaState};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::net::UnixListener;
@@ -20,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::connections::blocking;
 use super::identity::{IdentityError, Standing};
+use super::roster::{PeerLine, Roster};
 use super::running::Mesh;
 
 /// The socket's name under the data directory.
@@ -41,6 +45,7 @@ impl ControlServer {
     pub fn start(
         data: &Path,
         mesh: Mesh,
+        roster: Arc<Roster>,
         left: CancellationToken,
     ) -> std::io::Result<ControlServer> {
         let path = data.join(CONTROL_SOCKET);
@@ -55,11 +60,12 @@ impl ControlServer {
         std::fs::rename(&unfinished, &path)?;
         let router = Router::new()
             .route("/mesh", get(status))
+            .route("/mesh/peers", get(peers))
             .route("/mesh/invite", post(invite))
             .route("/mesh/revoke", post(revoke))
             .route("/mesh/authority", post(authority))
             .route("/mesh/leave", post(leave))
-            .with_state(Control { mesh, left });
+            .with_state(Control { mesh, roster, left });
         let task = tokio::spawn(async move {
             if let Err(error) = axum::serve(listener, router).await {
                 tracing::error!(%error, "the control socket is closed");
@@ -79,6 +85,7 @@ impl Drop for ControlServer {
 #[derive(Clone)]
 struct Control {
     mesh: Mesh,
+    roster: Arc<Roster>,
     left: CancellationToken,
 }
 
@@ -171,6 +178,50 @@ async fn status(State(Control { mesh, .. }): State<Control>) -> Answer {
     })))
 }
 
+/// Every member, this node first.
+async fn peers(State(Control { roster, .. }): State<Control>) -> Answer {
+    let peers: Vec<Value> = roster.peers().await.iter().map(peer).collect();
+    Ok(Json(json!({ "peers": peers })))
+}
+
+fn peer(line: &PeerLine) -> Value {
+    let PeerLine { member, record, record_age, own } = line;
+    let record = record.as_ref();
+    let state = match member.state {
+        MemberState::Alive => "alive",
+        MemberState::Suspect => "suspect",
+        MemberState::Dead => "dead",
+        MemberState::Left => "left",
+    };
+    let replica = |r: &ReplicaRecord| {
+        let state = match r.state {
+            ReplicaState::Loading => "loading",
+            ReplicaState::Ready => "ready",
+            ReplicaState::Failed => "failed",
+        };
+        json!({
+            "model": r.model, "fingerprint": r.fingerprint, "state": state,
+            "context_tokens_max": r.context_tokens_max, "running": r.running, "waiting": r.waiting,
+            "prompt_tokens": r.prompt_tokens, "prefill_rate": r.prefill_rate,
+            "kv_blocks_free": r.kv_blocks_free, "kv_blocks": r.kv_blocks,
+        })
+    };
+    json!({
+        "node": member.node.to_string(),
+        "this_node": own,
+        "name": record.map(|r| r.name.as_str()),
+        "addresses": member.addresses,
+        "state": state,
+        "state_s": member.age.as_secs_f64(),
+        "incarnation": member.incarnation,
+        "rtt_ms": member.rtt.map(|rtt| rtt.as_secs_f64() * 1e3),
+        "version": record.map(|r| r.version.as_str()),
+        "draining": record.map(|r| r.draining),
+        "models": record.map(|r| r.replicas.iter().map(replica).collect::<Vec<_>>()),
+        "record_age_s": record_age.map(|age| age.as_secs_f64()),
+    })
+}
+
 async fn invite(
     State(Control { mesh, .. }): State<Control>,
     Json(body): Json<InviteBody>,
@@ -239,7 +290,7 @@ async fn authority(
     status(State(control)).await
 }
 
-async fn leave(State(Control { mesh, left }): State<Control>) -> Answer {
+async fn leave(State(Control { mesh, left, .. }): State<Control>) -> Answer {
     let former = standing(&mesh)?.trust.mesh();
     let (node, was_last) = (mesh.node(), {
         let Standing { trust, .. } = standing(&mesh)?;

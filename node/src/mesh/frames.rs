@@ -104,6 +104,11 @@ impl FrameWriter {
         let _ = self.stream.finish();
     }
 
+    /// Returns when the peer does not want more, or is gone.
+    pub async fn stopped(&mut self) {
+        let _ = self.stream.stopped().await;
+    }
+
     /// Waits until the peer has all of it, or a time is over.
     pub async fn drained(&mut self, after: Duration) {
         let _ = tokio::time::timeout(after, self.stream.stopped()).await;

@@ -5,6 +5,7 @@
 //! nothing but the join exchange to who has shown no membership certificate, and hands the datagrams and
 //! calls of members to a [`Service`]. What is true about identity is decided in `protocol::identity`.
 
+mod answer;
 mod connections;
 mod control;
 mod exchange;
@@ -12,8 +13,10 @@ mod frames;
 mod identity;
 mod key_file;
 mod limits;
+mod members;
 pub mod overlay;
 mod quic;
+mod roster;
 mod rpc;
 mod running;
 mod store;
@@ -25,7 +28,9 @@ pub use control::{CONTROL_SOCKET, ControlServer};
 pub use identity::{Clock, Identity, IdentityError, Standing, system_clock};
 pub use key_file::KeyFileError;
 pub use limits::{MeshCounters, MeshLimits};
+pub use members::{MemberLine, MembersError};
 pub use quic::{ALPN, Endpoint, Link, LinkError};
+pub use roster::{PeerLine, Roster};
 pub use rpc::{CODE_FAILED, Call, CallError, CallStream, ECHO, Heard, Request};
 pub use running::{JoinFailed, Mesh, MeshError, MeshOptions};
 pub use store::StoreError;

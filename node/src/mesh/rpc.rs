@@ -119,6 +119,11 @@ impl CallStream {
         Ok(())
     }
 
+    /// Returns when the other side does not want what is still to come.
+    pub async fn abandoned(&mut self) {
+        self.writer.stopped().await;
+    }
+
     /// Says that no further part comes from this side, which the caller's last word is.
     pub fn finish(&mut self) {
         self.writer.finish();

@@ -56,11 +56,13 @@ pub enum ErrorCode {
     ShuttingDown,
     /// The deadline passed before the answer was complete.
     DeadlineExceeded,
+    /// The node that answered is gone, in the middle of the answer.
+    NodeLost,
 }
 
 impl ErrorCode {
     /// All codes, in the order of their status.
-    pub const ALL: [ErrorCode; 23] = [
+    pub const ALL: [ErrorCode; 24] = [
         ErrorCode::InvalidJson,
         ErrorCode::InvalidType,
         ErrorCode::InvalidValue,
@@ -79,6 +81,7 @@ impl ErrorCode {
         ErrorCode::RateLimitExceeded,
         ErrorCode::Cancelled,
         ErrorCode::InternalError,
+        ErrorCode::NodeLost,
         ErrorCode::ModelLoading,
         ErrorCode::ModelUnavailable,
         ErrorCode::Overloaded,
@@ -106,6 +109,7 @@ impl ErrorCode {
             ErrorCode::RateLimitExceeded => 429,
             ErrorCode::Cancelled => 499,
             ErrorCode::InternalError => 500,
+            ErrorCode::NodeLost => 502,
             ErrorCode::ModelLoading
             | ErrorCode::ModelUnavailable
             | ErrorCode::Overloaded
@@ -124,7 +128,8 @@ impl ErrorCode {
             | ErrorCode::ModelUnavailable
             | ErrorCode::Overloaded
             | ErrorCode::ShuttingDown
-            | ErrorCode::DeadlineExceeded => true,
+            | ErrorCode::DeadlineExceeded
+            | ErrorCode::NodeLost => true,
             ErrorCode::InvalidJson
             | ErrorCode::InvalidType
             | ErrorCode::InvalidValue
@@ -168,7 +173,8 @@ impl ErrorCode {
             | ErrorCode::ModelUnavailable
             | ErrorCode::Overloaded
             | ErrorCode::ShuttingDown
-            | ErrorCode::DeadlineExceeded => "server_error",
+            | ErrorCode::DeadlineExceeded
+            | ErrorCode::NodeLost => "server_error",
         }
     }
 
@@ -198,6 +204,7 @@ impl ErrorCode {
             ErrorCode::Overloaded => "overloaded",
             ErrorCode::ShuttingDown => "shutting_down",
             ErrorCode::DeadlineExceeded => "deadline_exceeded",
+            ErrorCode::NodeLost => "node_lost",
         }
     }
 }

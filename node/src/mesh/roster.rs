@@ -1,0 +1,423 @@
+//! What this node knows of the others, and what it tells them: members, their records, and which
+//! replica to ask.
+//!
+//! One task keeps it: it exchanges records, forgets who is gone and refreshes this node's own record.
+//! Decisions are those of the machines (`protocol::records`, `scheduler::router`); a lock is held for
+//! one of them at a time and never across an await.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use protocol::membership::Addresses;
+use protocol::node_record::{NodeRecord, ReplicaRecord, ReplicaState};
+use protocol::records::{Records, RecordsConfig, RecordsInput, RecordsOutput};
+use protocol::{Duration, Instant, Machine, NodeId, RequestId};
+use scheduler::router::{Ask, Choice, NoReplica, Outcome, ReplicaLoad, Router, RouterConfig};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use super::answer;
+use super::members::{MemberLine, Members, MembersError};
+use super::{Call, Mesh, PeerEvent, Service, random};
+use crate::http::App;
+
+/// See the module. Made before the mesh, whose service it is, and started after it.
+pub struct Roster {
+    origin: std::time::Instant,
+    started: OnceLock<Started>,
+    state: OnceLock<Mutex<State>>,
+    /// The records' machine has something to do earlier than the task knows.
+    wake: Notify,
+    stop: CancellationToken,
+}
+
+struct Started {
+    mesh: Mesh,
+    members: Members,
+    app: Arc<App>,
+    name: String,
+}
+
+struct State {
+    records: Records,
+    router: Router,
+    nodes: BTreeMap<NodeId, Known>,
+    present: BTreeSet<NodeId>,
+    addresses: BTreeMap<NodeId, Vec<SocketAddr>>,
+}
+
+/// A record and when it was last heard.
+struct Known {
+    record: NodeRecord,
+    heard: Instant,
+}
+
+/// A line of `vine peers`.
+#[derive(Clone, Debug)]
+pub struct PeerLine {
+    pub member: MemberLine,
+    /// None until its record is here.
+    pub record: Option<NodeRecord>,
+    /// Age of the record.
+    pub record_age: Option<Duration>,
+    pub own: bool,
+}
+
+impl Roster {
+    pub fn new() -> Arc<Roster> {
+        Arc::new(Roster {
+            origin: std::time::Instant::now(),
+            started: OnceLock::new(),
+            state: OnceLock::new(),
+            wake: Notify::new(),
+            stop: CancellationToken::new(),
+        })
+    }
+
+    /// Begins to take part: the thread of membership and the task of records.
+    pub(crate) fn start(
+        self: &Arc<Self>,
+        mesh: Mesh,
+        data: &Path,
+        app: Arc<App>,
+    ) -> Result<(), MembersError> {
+        let own = mesh.node();
+        let contacts = mesh.identity().contacts(None);
+        let seeds = contacts
+            .iter()
+            .filter(|contact| contact.node != own)
+            .filter_map(|contact| Addresses::new(contact.addresses.iter().copied()))
+            .collect();
+        let members = Members::start(mesh.clone(), data, seeds, u64::from_le_bytes(random()))?;
+        let state = State {
+            records: Records::new(own, RecordsConfig::default()),
+            router: Router::new(own, RouterConfig::default()),
+            nodes: BTreeMap::new(),
+            present: BTreeSet::new(),
+            addresses: BTreeMap::new(),
+        };
+        let _ = self.state.set(Mutex::new(state));
+        let _ = self.started.set(Started { mesh, members, app, name: host_name() });
+        tokio::spawn(self.clone().keep());
+        Ok(())
+    }
+
+    /// Says farewell to the others and ends the task.
+    pub async fn leave(&self) {
+        if let Some(started) = self.started.get() {
+            started.members.leave().await;
+        }
+        self.stop.cancel();
+    }
+
+    /// Every member, this node first.
+    pub async fn peers(&self) -> Vec<PeerLine> {
+        let (Some(started), Some(_)) = (self.started.get(), self.state.get()) else {
+            return Vec::new();
+        };
+        let (members, _) = started.members.view().await;
+        let (own, now) = (started.mesh.node(), self.now());
+        let own_record = self.own_record(started);
+        let own_line = MemberLine {
+            node: own,
+            state: protocol::membership::MemberState::Alive,
+            incarnation: 0,
+            addresses: started.mesh.contact().addresses.clone(),
+            age: now - Instant::ORIGIN,
+            rtt: None,
+        };
+        let mut lines = vec![PeerLine {
+            member: own_line,
+            record: Some(own_record),
+            record_age: Some(Duration::ZERO),
+            own: true,
+        }];
+        let state = self.lock();
+        lines.extend(members.into_iter().filter(|m| m.node != own).map(|member| {
+            let known = state.nodes.get(&member.node);
+            PeerLine {
+                record: known.map(|k| k.record.clone()),
+                record_age: known.map(|k| now - k.heard),
+                member,
+                own: false,
+            }
+        }));
+        lines
+    }
+
+    /// Replicas of other nodes, for the list of models: each model once, ready ones first.
+    pub(crate) fn models_elsewhere(&self) -> Vec<ReplicaRecord> {
+        if self.state.get().is_none() {
+            return Vec::new();
+        }
+        let mut models: BTreeMap<String, ReplicaRecord> = BTreeMap::new();
+        for known in self.lock().nodes.values() {
+            for replica in &known.record.replicas {
+                let ready = replica.state == ReplicaState::Ready;
+                if ready || !models.contains_key(&replica.model) {
+                    models.insert(replica.model.clone(), replica.clone());
+                }
+            }
+        }
+        models.into_values().collect()
+    }
+
+    /// The replica to ask; see [`Router::choose`].
+    pub(crate) fn choose(&self, ask: &Ask<'_>) -> Result<Choice, NoReplica> {
+        let Some(started) = self.started.get() else { return Err(NoReplica::UnknownModel) };
+        let own = loads(&self.own_record(started));
+        let now = self.now();
+        let mut state = self.lock();
+        state.router.report(now, started.mesh.node(), own);
+        state.router.choose(now, ask)
+    }
+
+    pub(crate) fn settle(&self, node: NodeId, request: RequestId, outcome: Outcome) {
+        self.lock().router.settle(self.now(), node, request, outcome);
+    }
+
+    pub(crate) fn is_own(&self, node: NodeId) -> bool {
+        self.mesh().is_some_and(|mesh| mesh.node() == node)
+    }
+
+    /// The running mesh, for calls; None before the start.
+    pub(crate) fn mesh(&self) -> Option<&Mesh> {
+        self.started.get().map(|started| &started.mesh)
+    }
+
+    /// Connects to a member unless it is connected.
+    pub(crate) async fn connect(&self, node: NodeId) -> Result<(), String> {
+        let Some(started) = self.started.get() else { return Err("not started".to_owned()) };
+        let addresses = self.lock().addresses.get(&node).cloned().unwrap_or_default();
+        let mut why = "no address of it is known".to_owned();
+        for address in addresses {
+            let connected = started.mesh.connect(address, Some(node));
+            match tokio::time::timeout(CONNECT_TIMEOUT, connected).await {
+                Ok(Ok(_)) => return Ok(()),
+                Ok(Err(error)) => why = format!("{address}: {error}"),
+                Err(_) => why = format!("{address} did not answer in time"),
+            }
+        }
+        Err(why)
+    }
+
+    /// Returns when the node is suspected or gone, or its path is broken.
+    pub(crate) async fn lost(&self, node: NodeId) {
+        match self.started.get() {
+            Some(started) => started.members.lost(node).await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// A node's name for people: its record's, or the beginning of its id.
+    pub(crate) fn name_of(&self, node: NodeId) -> String {
+        let name = self.lock().nodes.get(&node).map(|known| known.record.name.clone());
+        match name.filter(|name| !name.is_empty()) {
+            Some(name) => format!("{name} ({})", node.short()),
+            None => node.short(),
+        }
+    }
+
+    async fn keep(self: Arc<Self>) {
+        let Some(started) = self.started.get() else { return };
+        let mut refresh = tokio::time::interval(REFRESH);
+        refresh.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut last_own = NodeRecord::default();
+        loop {
+            let next = self.lock().records.next_deadline();
+            let wait = next.map_or(REFRESH, |next| next - self.now());
+            let mut out = Vec::new();
+            tokio::select! {
+                () = self.stop.cancelled() => return,
+                () = tokio::time::sleep(wait) => {
+                    self.lock().records.handle(self.now(), RecordsInput::Timer, &mut out);
+                }
+                () = self.wake.notified() => {}
+                _ = refresh.tick() => {
+                    let (members, _) = started.members.view().await;
+                    self.reconcile(started.mesh.node(), &members, &mut out);
+                    last_own = self.refresh_own(started, last_own, &mut out);
+                }
+            }
+            for output in out {
+                self.clone().act(output);
+            }
+        }
+    }
+
+    /// Makes the records' members those of membership.
+    fn reconcile(&self, own: NodeId, members: &[MemberLine], out: &mut Vec<RecordsOutput>) {
+        let here: Vec<&MemberLine> =
+            members.iter().filter(|m| m.node != own && m.state.is_present()).collect();
+        let present: BTreeSet<NodeId> = here.iter().map(|m| m.node).collect();
+        let now = self.now();
+        let mut state = self.lock();
+        state.addresses = here.iter().map(|m| (m.node, m.addresses.clone())).collect();
+        let before = std::mem::replace(&mut state.present, present.clone());
+        for &node in before.difference(&present) {
+            state.records.handle(now, RecordsInput::Gone { node }, out);
+            state.nodes.remove(&node);
+            state.router.forget(node);
+        }
+        for &node in present.difference(&before) {
+            state.records.handle(now, RecordsInput::Present { node }, out);
+        }
+    }
+
+    fn refresh_own(
+        &self,
+        started: &Started,
+        last: NodeRecord,
+        out: &mut Vec<RecordsOutput>,
+    ) -> NodeRecord {
+        let record = self.own_record(started);
+        let states = |r: &NodeRecord| {
+            let of = |m: &ReplicaRecord| (m.model.clone(), m.state);
+            (r.draining, r.replicas.iter().map(of).collect::<Vec<_>>())
+        };
+        let urgent = states(&record) != states(&last);
+        let (bytes, left_out) = record.to_bytes();
+        if left_out > 0 && record.replicas.len() != last.replicas.len() {
+            tracing::warn!(
+                left_out,
+                "more models than a node record holds: some are known only here"
+            );
+        }
+        let input = RecordsInput::Own { record: bytes, urgent };
+        self.lock().records.handle(self.now(), input, out);
+        record
+    }
+
+    fn act(self: Arc<Self>, output: RecordsOutput) {
+        match output {
+            RecordsOutput::Exchange { with } => {
+                tokio::spawn(self.exchange(with));
+            }
+            // Kept as they are heard and dropped as members go.
+            RecordsOutput::Changed { .. } | RecordsOutput::Dropped { .. } => {}
+        }
+    }
+
+    /// Tells a member this node's record and hears its own.
+    async fn exchange(self: Arc<Self>, with: NodeId) {
+        let Some(mesh) = self.mesh() else { return };
+        let record = self.lock().records.record().to_vec();
+        let call = async {
+            if self.connect(with).await.is_err() {
+                return;
+            }
+            if let Ok(theirs) = mesh.call(with, METHOD, record, EXCHANGE_TIMEOUT).await {
+                self.heard(with, &theirs);
+            }
+        };
+        let _ = tokio::time::timeout(EXCHANGE_TIMEOUT, call).await;
+        self.lock().records.handle(self.now(), RecordsInput::Done { node: with }, &mut Vec::new());
+    }
+
+    /// A member's record has come.
+    fn heard(&self, node: NodeId, bytes: &[u8]) {
+        let record = match NodeRecord::from_bytes(bytes) {
+            Ok(record) => record,
+            Err(error) => {
+                tracing::debug!(node = %node.short(), %error, "a node record is refused");
+                return;
+            }
+        };
+        let now = self.now();
+        let mut state = self.lock();
+        if !state.present.contains(&node) {
+            return;
+        }
+        state.router.report(now, node, loads(&record));
+        state.router.path(node, true);
+        let input = RecordsInput::Heard { node, record: bytes.to_vec() };
+        state.records.handle(now, input, &mut Vec::new());
+        state.nodes.insert(node, Known { record, heard: now });
+    }
+
+    fn own_record(&self, started: &Started) -> NodeRecord {
+        NodeRecord {
+            name: started.name.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            overlay: Vec::new(),
+            memory_bytes_per_s: 0,
+            int8_ops_per_s: 0,
+            draining: started.app.drain.is_cancelled(),
+            replicas: started.app.registry.replica_records(),
+        }
+    }
+
+    fn now(&self) -> Instant {
+        Instant::ORIGIN + self.origin.elapsed()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        let state = self.state.get().expect("set before anything that locks is reached");
+        state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Service for Roster {
+    fn datagram(&self, from: NodeId, bytes: Bytes) {
+        if let Some(started) = self.started.get() {
+            started.members.datagram(from, bytes);
+        }
+    }
+
+    fn event(&self, event: PeerEvent) {
+        let Some(started) = self.started.get() else { return };
+        match event {
+            PeerEvent::Connected { node, .. } => self.lock().router.path(node, true),
+            PeerEvent::Disconnected { node } => {
+                self.lock().router.path(node, false);
+                started.members.check(node);
+            }
+        }
+    }
+
+    fn call(&self, call: Call) -> Result<BoxFuture<'static, ()>, Box<Call>> {
+        let Some(started) = self.started.get() else { return Err(call.into()) };
+        match call.request.method.as_str() {
+            METHOD => {
+                self.heard(call.from, &call.request.body);
+                let own = self.lock().records.record().to_vec();
+                Ok(Box::pin(async move {
+                    // The caller may be gone; it asks again.
+                    let _ = call.stream.reply(own).await;
+                }))
+            }
+            protocol::forward::METHOD => Ok(Box::pin(answer::answer(started.app.clone(), call))),
+            _ => Err(call.into()),
+        }
+    }
+}
+
+fn loads(record: &NodeRecord) -> Vec<(String, ReplicaLoad)> {
+    let load = |replica: &ReplicaRecord| ReplicaLoad {
+        ready: replica.state == ReplicaState::Ready && !record.draining,
+        running: replica.running,
+        waiting: replica.waiting,
+        prompt_tokens: replica.prompt_tokens,
+        prefill_rate: replica.prefill_rate,
+    };
+    record.replicas.iter().map(|r| (r.model.clone(), load(r))).collect()
+}
+
+/// The host's name, for people.
+fn host_name() -> String {
+    let name = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
+    name.unwrap_or_default()
+}
+
+/// The method by which two members give each other their records: one's is the body, the other's the
+/// reply.
+const METHOD: &str = "record";
+/// How often this node looks at itself and at who is there.
+const REFRESH: Duration = Duration::from_millis(250);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// As [`RecordsConfig::exchange_timeout`].
+const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(2);
