@@ -57,7 +57,8 @@ struct Connection {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Changes {
     pub added: Vec<NodeId>,
-    pub removed: Vec<NodeId>,
+    /// With whether they were connected.
+    pub removed: Vec<(NodeId, bool)>,
     /// Members beyond [`MEMBERS_MAX`].
     pub ignored: usize,
 }
@@ -95,9 +96,9 @@ impl Peers {
                 changes.ignored += 1;
             }
         }
-        changes.removed =
-            self.members.keys().filter(|node| !listed.contains_key(node)).copied().collect();
-        for node in &changes.removed {
+        let gone = self.members.iter().filter(|(node, _)| !listed.contains_key(node));
+        changes.removed = gone.map(|(&node, peer)| (node, peer.path().is_some())).collect();
+        for (node, _) in &changes.removed {
             self.members.remove(node);
         }
         for (node, addresses) in listed {
@@ -191,6 +192,8 @@ impl Peers {
         let peer = self.members.get_mut(&node)?;
         let before = peer.path();
         peer.connections.retain(|connection| connection.id != id);
+        // A member that came back while its old connection was being closed is not dialled meanwhile.
+        peer.dialling = false;
         peer.next_dial = now + REDIAL_MIN;
         let path = peer.path();
         (path != before).then_some(path)
@@ -502,8 +505,9 @@ mod tests {
     #[test]
     fn members_come_and_go() {
         let mut peers = peers([1, 2]);
+        connect(&mut peers, 1, 1, Path::Direct);
         let changes = peers.set_members(Instant::ORIGIN, &[member(0), member(2), member(3)]);
-        let expect = Changes { added: vec![node(3)], removed: vec![node(1)], ignored: 0 };
+        let expect = Changes { added: vec![node(3)], removed: vec![(node(1), true)], ignored: 0 };
         assert_eq!(changes, expect, "we are no peer of ourselves");
         assert!(!peers.is_admitted(node(1)) && peers.is_admitted(node(2)));
         assert!(!peers.learn(node(1), &[at(9)]), "nothing is kept of strangers");

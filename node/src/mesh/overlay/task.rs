@@ -203,7 +203,10 @@ impl<'a> Task<'a> {
                 "the mesh has more members than one overlay can hold: some will find nobody"
             );
         }
-        for node in changes.removed {
+        for (node, connected) in changes.removed {
+            if connected {
+                self.tell(OverlayEvent::Disconnected { node });
+            }
             if let Some(peer) = peer_id(node) {
                 // Closes its connections, too.
                 self.swarm.behaviour_mut().allowed.disallow_peer(peer);
@@ -515,9 +518,6 @@ impl Task<'_> {
         match self.peers.closed(self.now(), node, id) {
             Some(Some(path)) => self.tell(OverlayEvent::Connected { node, path }),
             Some(None) => self.tell(OverlayEvent::Disconnected { node }),
-            None if !self.peers.is_member(node) && !self.swarm.is_connected(peer) => {
-                self.tell(OverlayEvent::Disconnected { node });
-            }
             None => {}
         }
         self.changed = true;
