@@ -46,6 +46,8 @@ pub enum ErrorCode {
     Cancelled,
     /// Something failed that should not have.
     InternalError,
+    /// The node that answered is gone, in the middle of the answer.
+    NodeLost,
     /// The model is still being loaded.
     ModelLoading,
     /// The model could not be loaded, or its replica has stopped.
@@ -56,8 +58,6 @@ pub enum ErrorCode {
     ShuttingDown,
     /// The deadline passed before the answer was complete.
     DeadlineExceeded,
-    /// The node that answered is gone, in the middle of the answer.
-    NodeLost,
 }
 
 impl ErrorCode {
