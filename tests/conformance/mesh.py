@@ -36,6 +36,7 @@ def until(what: str, seconds: float, holds) -> float:
     while time.monotonic() - start < seconds:
         try:
             if holds():
+                check(what, True)
                 return time.monotonic() - start
         except (OSError, ValueError, subprocess.CalledProcessError):
             pass
@@ -150,7 +151,7 @@ def joining(root: str, nodes: list[Node]) -> None:
     b.start(token)
     c.start(json.loads(a.vine("invite", "--json"))["token"])
     took = until("all see three members", 30, lambda: all(n.sees(3) for n in nodes))
-    check("three nodes are one mesh", True, f"{time.monotonic() - begun:.1f} s after the first invitation, {took:.1f} s of it waiting")
+    print(f"     {time.monotonic() - begun:.1f} s after the first invitation, {took:.1f} s of it waiting")
     used = Node(root, "used", model=False)
     with open(used.log, "w") as log:
         command = [VINE, "up", "--api", "127.0.0.1:0", "--mesh", "127.0.0.1:0", "--data", used.data, "--join", token]
@@ -200,13 +201,13 @@ def killed_under_load(nodes: list[Node]) -> None:
         check(f"{name} under load: nothing hangs", load.slowest < 15, f"slowest request {load.slowest:.1f} s")
         if number == signal.SIGKILL:
             gone = until("the others know of its death", 20, lambda: a.sees(2) and c.sees(2))
-            check("its death is known", True, f"{time.monotonic() - struck:.1f} s after it, {gone:.1f} s of it waiting")
+            print(f"     {time.monotonic() - struck:.1f} s after it, {gone:.1f} s of it waiting")
             b.end()
             b.start()
         else:
             b.send(signal.SIGCONT)
         back = until("it comes back without a token", 60, lambda: all(n.sees(3) for n in nodes))
-        check("all three are members again", True, f"{back:.1f} s")
+        print(f"     after {back:.1f} s")
 
 
 def leaving(nodes: list[Node]) -> None:
