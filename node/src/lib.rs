@@ -18,7 +18,7 @@ mod registry;
 pub mod replica;
 mod write_deadline;
 
-pub use http::{ApiKeys, ApiKeysError};
+pub use http::{ADMIN_KEY_VARIABLE, ApiKeys, ApiKeysError};
 pub use load::{LoadProgress, Loaded, Loader, OnProgress};
 pub use node::{LoadFailed, Node, ServeError, serve, shutdown_signal};
 pub use options::{HttpLimits, ModelOptions, NodeOptions};

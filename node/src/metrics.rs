@@ -47,14 +47,38 @@ impl Operation {
     }
 }
 
-/// Counters that somebody else keeps: the names of their metrics, and their values.
-pub type CounterSource = Box<dyn Fn() -> Vec<(&'static str, u64)> + Send + Sync>;
+/// A value that somebody else keeps, read when it is scraped.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sample {
+    /// One of a closed set; counters end in `_total`, everything else is a gauge.
+    pub name: &'static str,
+    pub label: Option<(&'static str, &'static str)>,
+    pub value: f64,
+}
+
+impl Sample {
+    pub const fn new(name: &'static str, value: f64) -> Sample {
+        Sample { name, label: None, value }
+    }
+
+    pub const fn labelled(
+        name: &'static str,
+        key: &'static str,
+        label: &'static str,
+        value: f64,
+    ) -> Sample {
+        Sample { name, label: Some((key, label)), value }
+    }
+}
+
+/// Gives samples; those of one name follow each other.
+pub type SampleSource = Box<dyn Fn() -> Vec<Sample> + Send + Sync>;
 
 /// The recorder of a node.
 pub struct Metrics {
     recorder: PrometheusRecorder,
     handle: PrometheusHandle,
-    sources: Mutex<Vec<CounterSource>>,
+    sources: Mutex<Vec<SampleSource>>,
 }
 
 impl Metrics {
@@ -72,8 +96,8 @@ impl Metrics {
         Ok(Metrics { recorder, handle, sources: Mutex::default() })
     }
 
-    /// Shows these counters beside the node's own.
-    pub fn add_source(&self, source: CounterSource) {
+    /// Shows these values beside the node's own.
+    pub fn add_source(&self, source: SampleSource) {
         self.sources.lock().unwrap_or_else(PoisonError::into_inner).push(source);
     }
 
@@ -82,8 +106,21 @@ impl Metrics {
         self.handle.run_upkeep();
         let mut text = self.handle.render();
         for source in self.sources.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            for (name, value) in source() {
-                text.push_str(&format!("# TYPE {name} counter\n{name} {value}\n"));
+            let mut described = "";
+            for Sample { name, label, value } in source() {
+                if name != described {
+                    let kind = if name.ends_with("_total") { "counter" } else { "gauge" };
+                    let help = HELP.iter().find(|(known, _)| *known == name);
+                    let help = help.map_or("see docs/operating.md", |(_, help)| help);
+                    text.push_str(&format!("# HELP {name} {help}\n# TYPE {name} {kind}\n"));
+                    described = name;
+                }
+                match label {
+                    Some((key, label)) => {
+                        text.push_str(&format!("{name}{{{key}=\"{label}\"}} {value}\n"));
+                    }
+                    None => text.push_str(&format!("{name} {value}\n")),
+                }
             }
         }
         text
@@ -353,6 +390,42 @@ const HELP: &[(&str, &str)] = &[
     (OVERLAY_EVENTS_DROPPED, "overlay events that found no room"),
     (OVERLAY_RESTARTS, "times that the overlay was built anew after a fault"),
     (WRITE_TIMEOUTS, "connections closed because their client took nothing"),
+    ("grapevine_members", "members of the mesh, this node included, by state"),
+    (
+        "grapevine_membership_health",
+        "0 is well; at n this node's time limits are n + 1 times as long",
+    ),
+    ("grapevine_membership_probes_total", "probes of other members"),
+    ("grapevine_membership_probes_failed_total", "probes that nobody answered, directly or not"),
+    ("grapevine_membership_deaths_total", "members that this node has held for dead"),
+    ("grapevine_membership_returns_total", "members that came back"),
+    ("grapevine_membership_refutations_total", "times that this node denied its own death"),
+    ("grapevine_membership_stalls_total", "times that this node was not run for a while"),
+    ("grapevine_membership_syncs_total", "comparisons of whole views"),
+    (
+        "grapevine_membership_accusations_damped_total",
+        "suspicions of a member that was wrong too often",
+    ),
+    ("grapevine_membership_malformed_total", "datagrams that could not be read"),
+    (
+        "grapevine_membership_claims_refused_total",
+        "news that only the member itself can tell, by reason",
+    ),
+    ("grapevine_membership_datagrams_total", "datagrams of membership, by direction"),
+    ("grapevine_membership_bytes_total", "bytes of membership without QUIC's own, by direction"),
+    ("grapevine_router_choices_total", "requests given to a replica, by node: own or peer"),
+    (
+        "grapevine_router_attempts_lost_total",
+        "requests that a chosen node did not answer, by outcome",
+    ),
+    ("grapevine_router_unavailable_total", "requests for which no replica could be asked"),
+    ("grapevine_router_in_flight", "requests that other nodes answer for this one now"),
+    ("grapevine_router_breakers_open", "nodes left alone because they failed too often"),
+    ("grapevine_node_records", "members whose record is known"),
+    (
+        "grapevine_record_exchanges_total",
+        "exchanges of node records that this node began, by outcome",
+    ),
 ];
 
 const LATENCY: &[f64] = &[
@@ -412,7 +485,18 @@ mod tests {
         a.model("m").running.set(1.0);
         assert!(a.render().contains("grapevine_sequences"));
         assert!(!b.render().contains("grapevine_sequences{"));
-        a.add_source(Box::new(|| vec![("grapevine_mesh_frames_total", 7)]));
-        assert!(a.render().ends_with("counter\ngrapevine_mesh_frames_total 7\n"));
+        a.add_source(Box::new(|| {
+            let members =
+                |state, value| Sample::labelled("grapevine_members", "state", state, value);
+            vec![
+                members("alive", 3.0),
+                members("dead", 0.0),
+                Sample::new("grapevine_mesh_frames_total", 7.0),
+            ]
+        }));
+        let text = a.render();
+        assert!(text.ends_with("counter\ngrapevine_mesh_frames_total 7\n"), "{text}");
+        assert_eq!(text.matches("# TYPE grapevine_members gauge").count(), 1, "{text}");
+        assert!(text.contains("\ngrapevine_members{state=\"dead\"} 0\n"), "{text}");
     }
 }

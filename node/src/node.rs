@@ -16,7 +16,7 @@ use crate::http::{self, App};
 use crate::ids::RequestIds;
 use crate::load;
 use crate::mesh::{MembersError, Mesh, Roster};
-use crate::metrics::{CounterSource, Metrics};
+use crate::metrics::Metrics;
 use crate::options::NodeOptions;
 use crate::registry::Registry;
 
@@ -71,6 +71,7 @@ pub async fn serve(options: NodeOptions) -> Result<Node, ServeError> {
         .map_err(|source| ServeError::Listen { address, source })?;
     let address = listener.local_addr().map_err(|source| ServeError::Listen { address, source })?;
 
+    let (control, admin_keys) = options.admin.unzip();
     let metrics = Arc::new(Metrics::new()?);
     let registry = Arc::new(Registry::new(options.models.iter().map(|m| m.id.clone())));
     let app = Arc::new(App {
@@ -78,6 +79,7 @@ pub async fn serve(options: NodeOptions) -> Result<Node, ServeError> {
         metrics: metrics.clone(),
         check_host: loopback && options.keys.is_empty(),
         keys: options.keys,
+        admin_keys: admin_keys.unwrap_or_default(),
         limits: options.http.clone(),
         ids: RequestIds::new(),
         roster: OnceLock::new(),
@@ -87,7 +89,7 @@ pub async fn serve(options: NodeOptions) -> Result<Node, ServeError> {
         stop: CancellationToken::new(),
     });
     load::spawn(options.models, registry, metrics, options.on_progress);
-    let router = http::router(app.clone());
+    let router = http::router(app.clone(), control);
     let write_timeouts = app.metrics.write_timeouts();
     let serving = accept::serve(listener, router, options.http, write_timeouts, app.stop.clone());
     let connections = tokio::spawn(serving);
@@ -106,11 +108,6 @@ impl Node {
         format!("http://{}", self.address)
     }
 
-    /// Shows these counters at `/metrics`.
-    pub fn add_counters(&self, source: CounterSource) {
-        self.app.metrics.add_source(source);
-    }
-
     /// Takes part in a mesh: its nodes hear of this one's models and this one answers for theirs.
     /// `roster` is the service that `mesh` was started with; `data` keeps what must survive.
     ///
@@ -118,6 +115,8 @@ impl Node {
     /// If membership cannot begin; the node goes on alone.
     pub fn join(&self, mesh: Mesh, roster: Arc<Roster>, data: &Path) -> Result<(), MembersError> {
         roster.start(mesh, data, self.app.clone())?;
+        let shown = roster.clone();
+        self.app.metrics.add_source(Box::new(move || shown.samples()));
         let _ = self.app.roster.set(roster);
         Ok(())
     }

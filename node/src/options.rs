@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::http::ApiKeys;
 use crate::load::{Loader, OnProgress};
+use crate::mesh::ControlRoutes;
 
 /// Bounds of the HTTP server.
 #[derive(Clone, Debug)]
@@ -69,6 +70,8 @@ pub struct NodeOptions {
     pub keys: ApiKeys,
     /// Serve everybody who can reach the address.
     pub insecure: bool,
+    /// What the Unix socket offers, also under `/mesh` of the API, for whoever has one of these keys.
+    pub admin: Option<(ControlRoutes, ApiKeys)>,
     pub http: HttpLimits,
     /// Time that running answers get at shutdown. Too small: answers are cut. Too large: the node
     /// hangs on in rollouts.
@@ -86,6 +89,7 @@ impl NodeOptions {
             without_models: false,
             keys: ApiKeys::default(),
             insecure: false,
+            admin: None,
             http: HttpLimits::default(),
             drain_limit: Duration::from_secs(30),
             on_progress: None,

@@ -33,7 +33,7 @@ pub enum Command {
     /// List the nodes of the mesh as the local node sees them.
     Peers(super::peers::PeersArgs),
     /// Show the local node and its mesh.
-    Status(super::mesh::LocalNodeArgs),
+    Status(super::mesh::AskedNodeArgs),
     /// Make a token with which another node joins this node's mesh.
     Invite(super::mesh::InviteArgs),
     /// Put a node out of the mesh at once.
@@ -70,6 +70,10 @@ pub struct DemoArgs {
     /// Address of the API; a port of 0 takes a free one.
     #[arg(long, default_value = "127.0.0.1:8420", value_name = "ADDR")]
     pub api: SocketAddr,
+    /// Nodes to start. With two or more they are processes of their own, joined into a mesh by tokens;
+    /// the first has no model, and the others answer for it.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub nodes: u16,
 }
 
 #[derive(Debug, Args)]
@@ -83,6 +87,10 @@ pub struct UpArgs {
     /// File of API keys, a line each: NAME:KEY or NAME:KEY:TENANT. Without it VINE_API_KEY is used.
     #[arg(long, value_name = "FILE", help_heading = "API")]
     pub api_keys: Option<PathBuf>,
+    /// File of keys, in the same form, whose holders may ask and change this node's mesh over the API
+    /// (`vine peers --node URL`). Without it VINE_ADMIN_KEY is used; without both nobody may.
+    #[arg(long, value_name = "FILE", help_heading = "API")]
+    pub admin_keys: Option<PathBuf>,
     /// Serve without keys on an address that others can reach.
     #[arg(long, help_heading = "API")]
     pub insecure: bool,
@@ -98,6 +106,9 @@ pub struct UpArgs {
     /// Settings as TOML; what is said on the command line wins.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
+    /// End when the process that started this one ends.
+    #[arg(long, hide = true)]
+    pub with_parent: bool,
     #[command(flatten)]
     pub mesh: super::mesh::MeshArgs,
     #[command(flatten)]

@@ -46,7 +46,17 @@ impl Client {
     }
 
     pub async fn json(&self, path: &str) -> anyhow::Result<Value> {
-        let response = self.send(Method::GET, path, None).await?;
+        self.call(Method::GET, path, None).await
+    }
+
+    /// Sends JSON and reads JSON.
+    pub async fn call(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> anyhow::Result<Value> {
+        let response = self.send(method, path, body).await?;
         let body = response.into_body().collect().await?.to_bytes();
         serde_json::from_slice(&body).with_context(|| format!("{}{path} is not JSON", self.base))
     }

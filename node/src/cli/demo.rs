@@ -1,13 +1,22 @@
-//! `vine demo`: a node with the built-in model, and a chat with it.
+//! `vine demo`: one node or several with the built-in model, and a chat with it.
 
 use super::args::{DemoArgs, EngineArgs};
 use super::chat::Conversation;
 use super::client::Client;
+use super::fleet::Fleet;
+use super::peers;
 use super::up::{self, Served};
 use anyhow::bail;
 use serde_json::json;
 
 pub async fn demo(args: &DemoArgs) -> anyhow::Result<()> {
+    match args.nodes {
+        1 => alone(args).await,
+        _ => mesh(args).await,
+    }
+}
+
+async fn alone(args: &DemoArgs) -> anyhow::Result<()> {
     let served = Served { bar: !args.json, ..Served::new(args.api, vec!["demo".to_owned()]) };
     let node = up::serve(served, &EngineArgs::default()).await?;
     let url = node.url();
@@ -31,11 +40,7 @@ pub async fn demo(args: &DemoArgs) -> anyhow::Result<()> {
     if args.json {
         println!("{}", json!({ "url": url, "model": "demo", "chat": answers }));
     } else {
-        println!("Ask it yourself:\n\n  vine chat --endpoint {url}\n");
-        println!("  curl -N {url}/v1/chat/completions -H 'content-type: application/json' \\");
-        println!(
-            "    -d '{{\"model\":\"demo\",\"stream\":true,\"messages\":[{{\"role\":\"user\",\"content\":\"Tell me a story.\"}}]}}'\n"
-        );
+        print_invitation(&url);
     }
     if args.once {
         node.shutdown().await;
@@ -48,6 +53,76 @@ pub async fn demo(args: &DemoArgs) -> anyhow::Result<()> {
         println!("Ctrl-C ends the node.");
     }
     Ok(node.run_until_signal().await?)
+}
+
+/// Several nodes, and a question to each of them.
+async fn mesh(args: &DemoArgs) -> anyhow::Result<()> {
+    if !args.json {
+        println!("Starting {} nodes on this host and joining them by token …", args.nodes);
+    }
+    let mut fleet = tokio::select! {
+        fleet = Fleet::start(args.api, args.nodes) => fleet?,
+        stopped = node::shutdown_signal() => return Ok(stopped?),
+    };
+    let shown = tokio::select! {
+        shown = chats(args, &fleet) => shown,
+        stopped = node::shutdown_signal() => stopped.map_err(Into::into),
+    };
+    let shown = match shown {
+        Ok(()) if !args.once => tokio::select! {
+            ended = fleet.any_end() => ended,
+            stopped = node::shutdown_signal() => stopped.map_err(Into::into),
+        },
+        shown => shown,
+    };
+    fleet.stop().await;
+    shown
+}
+
+async fn chats(args: &DemoArgs, fleet: &Fleet) -> anyhow::Result<()> {
+    let peers = fleet.peers().await?;
+    if !args.json {
+        println!("\n{}", peers::table(&peers));
+        println!(
+            "The first has no model: the others answer for it. The same service at every node:\n"
+        );
+    }
+    let mut answers = Vec::new();
+    for (node, question) in fleet.nodes.iter().zip(QUESTIONS.iter().cycle()) {
+        let url = &node.url;
+        if !args.json {
+            println!("you   {question}   (at {url})");
+            print!("demo  ");
+        }
+        let mut conversation = Conversation::greedy(Client::new(url, None)?, "demo");
+        let answer = conversation.say(question, !args.json).await?;
+        if answer.trim().is_empty() {
+            bail!("the model gave an empty answer at {url}");
+        }
+        if !args.json {
+            println!("\n");
+        }
+        answers.push(json!({
+            "url": url, "has_model": node.has_model, "question": question, "answer": answer,
+        }));
+    }
+    let first = &fleet.nodes[0];
+    if args.json {
+        println!("{}", json!({ "model": "demo", "peers": peers["peers"], "chat": answers }));
+    } else if !args.once {
+        print_invitation(&first.url);
+        println!("  vine peers --watch --data {}\n", first.data().display());
+        println!("Ctrl-C ends the nodes.");
+    }
+    Ok(())
+}
+
+fn print_invitation(url: &str) {
+    println!("Ask it yourself:\n\n  vine chat --endpoint {url}\n");
+    println!("  curl -N {url}/v1/chat/completions -H 'content-type: application/json' \\");
+    println!(
+        "    -d '{{\"model\":\"demo\",\"stream\":true,\"messages\":[{{\"role\":\"user\",\"content\":\"Tell me a story.\"}}]}}'\n"
+    );
 }
 
 /// The sample chat.

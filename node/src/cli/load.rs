@@ -61,8 +61,9 @@ pub async fn bench_endpoint(args: &BenchArgs, endpoint: &str) -> anyhow::Result<
     let client = Client::new(endpoint, args.load.key.clone())?;
     let model = client.model(args.load.served_model.as_deref()).await?;
     let plan = Arc::new(Plan::new(args, model));
-    // One request outside the measurement: connections, lazy allocations.
-    ask(&client, &plan.body(plan.requests)).await?;
+    // One request outside the measurement: connections, lazy allocations. It shares no prefix with
+    // those that are measured, which may want theirs cold.
+    ask(&client, &plan.warm_up()).await?;
     let start = Instant::now();
     let results = match args.load.rate {
         None => closed_loop(&client, &plan, args.load.clients).await,
@@ -108,9 +109,17 @@ impl Plan {
     fn body(&self, index: usize) -> Value {
         let shared = words(u64::MAX, self.shared_words);
         let own = words(index as u64, self.prompt_words.saturating_sub(self.shared_words).max(1));
+        self.request(format!("{shared}{own}"))
+    }
+
+    fn warm_up(&self) -> Value {
+        self.request(words(u64::MAX - 1, self.prompt_words.clamp(1, WARM_UP_WORDS_MAX)))
+    }
+
+    fn request(&self, prompt: String) -> Value {
         json!({
             "model": self.model,
-            "prompt": format!("{shared}{own}"),
+            "prompt": prompt,
             "max_tokens": self.max_tokens,
             "temperature": 0,
             "ignore_eos": true,
@@ -319,6 +328,8 @@ impl Quantiles {
     }
 }
 
+/// A warm-up need not be long.
+const WARM_UP_WORDS_MAX: usize = 32;
 /// Most clients of a closed loop.
 const CLIENTS_MAX: usize = 10_000;
 

@@ -1,5 +1,5 @@
 //! `vine invite`, `revoke`, `authority`, `leave`, and the mesh of `vine up`: the local node, asked over
-//! its Unix socket.
+//! its Unix socket, or another one over its API.
 
 use std::io::IsTerminal;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -14,21 +14,28 @@ use http_body_util::{BodyExt, Full};
 use hyper::{Method, Request, StatusCode, header};
 use hyper_util::rt::TokioIo;
 use node::mesh::{
-    CONTROL_SOCKET, ControlServer, IdentityError, LinkError, Mesh, MeshError, MeshOptions, Roster,
-    StoreError,
+    CONTROL_SOCKET, ControlRoutes, ControlServer, IdentityError, LinkError, Mesh, MeshError,
+    MeshOptions, Roster, StoreError,
 };
 use protocol::identity::{Invite, UnixTime};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
+use super::client::Client;
 use super::up::default_data;
 
-/// Which node is asked: the one on this host that has this data directory.
+/// Which node is asked: the one on this host that has this data directory, or another one.
 #[derive(Debug, Clone, Args)]
-pub struct LocalNodeArgs {
+pub struct AskedNodeArgs {
     /// Data directory of the running node.
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
+    /// Ask this node over its API, as http://HOST:8420; it wants one of its admin keys.
+    #[arg(long = "node", value_name = "URL", conflicts_with = "data", requires = "key")]
+    pub url: Option<String>,
+    /// Admin key for --node.
+    #[arg(long, env = "VINE_ADMIN_KEY", hide_env_values = true, value_name = "KEY")]
+    pub key: Option<String>,
     /// One JSON object instead of text.
     #[arg(long)]
     pub json: bool,
@@ -49,7 +56,7 @@ pub struct InviteArgs {
     #[arg(long = "seed", value_name = "ADDR")]
     pub seeds: Vec<SocketAddr>,
     #[command(flatten)]
-    pub node: LocalNodeArgs,
+    pub node: AskedNodeArgs,
 }
 
 #[derive(Debug, Args)]
@@ -61,13 +68,13 @@ pub struct RevokeArgs {
     #[arg(long)]
     pub undo: bool,
     #[command(flatten)]
-    pub node: LocalNodeArgs,
+    pub node: AskedNodeArgs,
 }
 
 #[derive(Debug, Args)]
 pub struct LeaveArgs {
     #[command(flatten)]
-    pub node: LocalNodeArgs,
+    pub node: AskedNodeArgs,
 }
 
 #[derive(Debug, Args)]
@@ -79,7 +86,7 @@ pub struct AuthorityArgs {
     #[arg(long, value_name = "NODE")]
     pub remove: Vec<String>,
     #[command(flatten)]
-    pub node: LocalNodeArgs,
+    pub node: AskedNodeArgs,
 }
 
 /// How `vine up` takes part in a mesh.
@@ -112,6 +119,7 @@ impl MeshArgs {
 pub struct Running {
     pub mesh: Mesh,
     pub roster: Arc<Roster>,
+    pub routes: ControlRoutes,
     /// Cancelled when the node has left its mesh.
     pub left: CancellationToken,
     _control: ControlServer,
@@ -154,9 +162,10 @@ async fn try_start(args: &MeshArgs, data: &Path) -> anyhow::Result<Running> {
         started => started?,
     };
     let left = CancellationToken::new();
-    let control = ControlServer::start(data, mesh.clone(), roster.clone(), left.clone())
+    let routes = ControlRoutes::new(mesh.clone(), roster.clone(), left.clone());
+    let control = ControlServer::start(data, routes.clone())
         .with_context(|| format!("cannot make {}", data.join(CONTROL_SOCKET).display()))?;
-    Ok(Running { mesh, roster, left, _control: control })
+    Ok(Running { mesh, roster, routes, left, _control: control })
 }
 
 /// What `vine up` says of its mesh.
@@ -244,14 +253,35 @@ pub async fn authority(args: &AuthorityArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Asks the local node.
+/// Asks the node.
 pub async fn ask(
-    node: &LocalNodeArgs,
+    node: &AskedNodeArgs,
     method: Method,
     path: &str,
     body: Option<&Value>,
 ) -> anyhow::Result<Value> {
-    let data = node.data.clone().unwrap_or_else(default_data);
+    match &node.url {
+        Some(url) => {
+            let client = Client::new(url, node.key.clone())?;
+            tokio::time::timeout(ANSWER_TIMEOUT, client.call(method, path, body))
+                .await
+                .with_context(|| {
+                    format!("{url} did not answer within {} s", ANSWER_TIMEOUT.as_secs())
+                })?
+        }
+        None => {
+            ask_local(&node.data.clone().unwrap_or_else(default_data), method, path, body).await
+        }
+    }
+}
+
+/// Asks the node on this host whose data directory this is.
+pub async fn ask_local(
+    data: &Path,
+    method: Method,
+    path: &str,
+    body: Option<&Value>,
+) -> anyhow::Result<Value> {
     let socket = data.join(CONTROL_SOCKET);
     let stream = tokio::net::UnixStream::connect(&socket).await.with_context(|| {
         format!("no node answers at {}: is one running? (`vine up`, --data)", socket.display())

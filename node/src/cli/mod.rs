@@ -6,6 +6,7 @@ mod chat;
 mod client;
 mod demo;
 mod doctor;
+mod fleet;
 mod load;
 mod local;
 mod mesh;

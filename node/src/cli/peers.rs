@@ -1,4 +1,4 @@
-//! `vine peers` and `vine status`: the mesh as the local node sees it.
+//! `vine peers` and `vine status`: the mesh as one of its nodes sees it.
 
 use clap::Args;
 use hyper::Method;
@@ -6,7 +6,7 @@ use serde_json::Value;
 use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
-use super::mesh::{LocalNodeArgs, ask};
+use super::mesh::{AskedNodeArgs, ask};
 use super::table::Table;
 
 #[derive(Debug, Args)]
@@ -15,7 +15,7 @@ pub struct PeersArgs {
     #[arg(long)]
     pub watch: bool,
     #[command(flatten)]
-    pub node: LocalNodeArgs,
+    pub node: AskedNodeArgs,
 }
 
 pub async fn peers(args: &PeersArgs) -> anyhow::Result<()> {
@@ -43,7 +43,7 @@ pub async fn peers(args: &PeersArgs) -> anyhow::Result<()> {
 }
 
 /// The node and its mesh in a few lines.
-pub async fn status(args: &LocalNodeArgs) -> anyhow::Result<()> {
+pub async fn status(args: &AskedNodeArgs) -> anyhow::Result<()> {
     let status = ask(args, Method::GET, "/mesh", None).await?;
     let peers = ask(args, Method::GET, "/mesh/peers", None).await?;
     if args.json {
@@ -70,7 +70,8 @@ pub async fn status(args: &LocalNodeArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn table(answer: &Value) -> String {
+/// The answer of `/mesh/peers` for people.
+pub fn table(answer: &Value) -> String {
     let mut table = Table::new(&[
         "node", "name", "address", "state", "for", "rtt", "version", "models", "load",
     ]);

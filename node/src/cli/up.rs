@@ -5,8 +5,8 @@ use super::mesh::{self, MeshArgs};
 use super::model::{LoadedModel, ModelSpec, load};
 use anyhow::{Context, bail};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
-use node::mesh::{Mesh, Roster};
-use node::{ApiKeys, HttpLimits, Loaded, ModelOptions, Node, NodeOptions};
+use node::mesh::{ControlRoutes, Mesh, Roster};
+use node::{ADMIN_KEY_VARIABLE, ApiKeys, HttpLimits, Loaded, ModelOptions, Node, NodeOptions};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
@@ -24,6 +24,7 @@ struct Config {
     models: Vec<String>,
     api: Option<SocketAddr>,
     api_keys: Option<PathBuf>,
+    admin_keys: Option<PathBuf>,
     insecure: Option<bool>,
     request_timeout: Option<u32>,
     write_timeout: Option<u32>,
@@ -44,6 +45,7 @@ pub struct Served {
     pub api: SocketAddr,
     pub models: Vec<String>,
     pub keys: ApiKeys,
+    pub admin_keys: ApiKeys,
     pub insecure: bool,
     pub http: HttpLimits,
     /// Where the node keeps its secret; without one it lives in memory.
@@ -51,25 +53,36 @@ pub struct Served {
     /// Show progress on the terminal.
     pub bar: bool,
     /// The mesh to take part in.
-    pub mesh: Option<(Mesh, Arc<Roster>)>,
+    pub mesh: Option<(Mesh, Arc<Roster>, ControlRoutes)>,
 }
 
 impl Served {
     pub fn new(api: SocketAddr, models: Vec<String>) -> Self {
-        let keys = ApiKeys::default();
-        let http = HttpLimits::default();
-        Served { api, models, keys, insecure: false, http, data: None, bar: true, mesh: None }
+        Served {
+            api,
+            models,
+            keys: ApiKeys::default(),
+            admin_keys: ApiKeys::default(),
+            insecure: false,
+            http: HttpLimits::default(),
+            data: None,
+            bar: true,
+            mesh: None,
+        }
     }
 }
 
 pub async fn up(args: UpArgs) -> anyhow::Result<()> {
+    if args.with_parent {
+        nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGTERM)?;
+    }
     let (mut served, mesh, engine) = settings(args)?;
     let models = served.models.len();
     let running = match &served.data {
         Some(data) => mesh::start(&mesh, data).await?,
         None => None,
     };
-    served.mesh = running.as_ref().map(|r| (r.mesh.clone(), r.roster.clone()));
+    served.mesh = running.as_ref().map(|r| (r.mesh.clone(), r.roster.clone(), r.routes.clone()));
     let node = serve(served, &engine).await?;
     println!("serving {models} model(s) at {}/v1", node.url());
     let Some(running) = running else {
@@ -77,8 +90,6 @@ pub async fn up(args: UpArgs) -> anyhow::Result<()> {
         return Ok(node.run_until_signal().await?);
     };
     println!("{}", mesh::line(&running.mesh));
-    let counted = running.mesh.clone();
-    node.add_counters(Box::new(move || counted.counters().all()));
     std::io::stdout().flush()?;
     tokio::select! {
         ended = node.run_until_signal() => {
@@ -108,6 +119,7 @@ pub async fn serve(served: Served, engine: &EngineArgs) -> anyhow::Result<Node> 
     options.insecure = served.insecure;
     options.http = served.http;
     options.without_models = served.mesh.is_some();
+    options.admin = served.mesh.as_ref().map(|(_, _, routes)| (routes.clone(), served.admin_keys));
     let bars = Bars::new(served.bar && std::io::stderr().is_terminal());
     options.on_progress = Some({
         let bars = bars.clone();
@@ -115,7 +127,7 @@ pub async fn serve(served: Served, engine: &EngineArgs) -> anyhow::Result<Node> 
     });
     let node = node::serve(options).await?;
     // Before the models are loaded: others see that they come.
-    if let (Some((mesh, roster)), Some(data)) = (served.mesh, &served.data) {
+    if let (Some((mesh, roster, _)), Some(data)) = (served.mesh, &served.data) {
         node.join(mesh, roster, data)?;
     }
     tokio::select! {
@@ -162,6 +174,10 @@ fn settings(args: UpArgs) -> anyhow::Result<(Served, MeshArgs, EngineArgs)> {
         Some(path) => ApiKeys::from_file(&path)?,
         None => ApiKeys::from_env()?,
     };
+    let admin_keys = match args.admin_keys.or(config.admin_keys) {
+        Some(path) => ApiKeys::from_file(&path)?,
+        None => ApiKeys::from_env_of(ADMIN_KEY_VARIABLE)?,
+    };
     let engine = EngineArgs {
         threads: args.engine.threads.or(config.threads),
         kv_memory: args.engine.kv_memory.or(config.kv_memory),
@@ -186,6 +202,7 @@ fn settings(args: UpArgs) -> anyhow::Result<(Served, MeshArgs, EngineArgs)> {
     };
     let served = Served {
         keys,
+        admin_keys,
         http,
         insecure: args.insecure || config.insecure.unwrap_or(false),
         data: Some(args.data.or(config.data).unwrap_or_else(default_data)),

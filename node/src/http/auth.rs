@@ -71,7 +71,12 @@ impl ApiKeys {
     /// Keys from the environment: `VINE_API_KEY` holds one key, of the tenant `local`, or a list in
     /// the form of [`ApiKeys::parse`]. None where it is not set.
     pub fn from_env() -> Result<ApiKeys, ApiKeysError> {
-        match std::env::var(API_KEY_VARIABLE) {
+        ApiKeys::from_env_of(API_KEY_VARIABLE)
+    }
+
+    /// The same from another variable, as [`ADMIN_KEY_VARIABLE`].
+    pub fn from_env_of(variable: &str) -> Result<ApiKeys, ApiKeysError> {
+        match std::env::var(variable) {
             Ok(value) => ApiKeys::from_variable(&value),
             Err(_) => Ok(ApiKeys::default()),
         }
@@ -121,6 +126,8 @@ impl fmt::Debug for ApiKeys {
 
 /// The environment variable that [`ApiKeys::from_env`] reads.
 pub const API_KEY_VARIABLE: &str = "VINE_API_KEY";
+/// The same for those who may change the mesh.
+pub const ADMIN_KEY_VARIABLE: &str = "VINE_ADMIN_KEY";
 /// Shortest key: shorter ones can be guessed over the network.
 pub const KEY_BYTES_MIN: usize = 8;
 /// Most keys.

@@ -60,6 +60,9 @@ pub(crate) async fn guard(
     response
 }
 
+/// What lies below is for admins, with keys of their own: no client of the API can change the mesh.
+const ADMIN_PATH: &str = "/mesh";
+
 /// Paths that say nothing about a tenant, and that probes ask without a key.
 const PUBLIC: [&str; 3] = ["/healthz", "/readyz", "/openapi.json"];
 
@@ -69,12 +72,21 @@ fn authenticate(
     headers: &HeaderMap,
     log: &RequestLog,
 ) -> Result<TenantId, ApiError> {
-    if app.keys.is_empty() || PUBLIC.contains(&path) {
+    let admin =
+        path == ADMIN_PATH || path.strip_prefix(ADMIN_PATH).is_some_and(|p| p.starts_with('/'));
+    let keys = if admin { &app.admin_keys } else { &app.keys };
+    let refuse = |message: &str| Err(ApiError::new(ErrorCode::InvalidApiKey, message));
+    if admin && keys.is_empty() {
+        return refuse(
+            "this node has no admin key, so it is asked over its Unix socket only (--data); start it \
+             with --admin-keys FILE or VINE_ADMIN_KEY to ask it from elsewhere",
+        );
+    }
+    if keys.is_empty() || PUBLIC.contains(&path) {
         let tenant = TenantId::local();
         log.caller(None, &tenant);
         return Ok(tenant);
     }
-    let refuse = |message: &str| Err(ApiError::new(ErrorCode::InvalidApiKey, message));
     let Some(value) = headers.get(header::AUTHORIZATION).and_then(|v| v.to_str().ok()) else {
         return refuse("an API key is needed: send the header authorization: Bearer <key>");
     };
@@ -82,11 +94,12 @@ fn authenticate(
     let Some((_, key)) = bearer else {
         return refuse("the authorization header must have the form: Bearer <key>");
     };
-    match app.keys.check(key.trim()) {
+    match keys.check(key.trim()) {
         Some((name, tenant)) => {
             log.caller(Some(name), tenant);
             Ok(tenant.clone())
         }
+        None if admin => refuse("this is no admin key of this node"),
         None => refuse("this API key is not known here"),
     }
 }

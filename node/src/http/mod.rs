@@ -33,10 +33,12 @@ use tower_http::catch_panic::CatchPanicLayer;
 pub(crate) use guard::Caller;
 pub(crate) use log::{RequestLog, TraceParent};
 
-pub use auth::{API_KEY_VARIABLE, ApiKeys, ApiKeysError, KEY_BYTES_MIN, KEYS_MAX};
+pub use auth::{
+    ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, ApiKeys, ApiKeysError, KEY_BYTES_MIN, KEYS_MAX,
+};
 
 use crate::ids::RequestIds;
-use crate::mesh::Roster;
+use crate::mesh::{ControlRoutes, Roster};
 use crate::metrics::Metrics;
 use crate::options::HttpLimits;
 use crate::registry::Registry;
@@ -47,6 +49,8 @@ pub(crate) struct App {
     pub registry: Arc<Registry>,
     pub metrics: Arc<Metrics>,
     pub keys: ApiKeys,
+    /// For `/mesh`: none of them, and it is closed.
+    pub admin_keys: ApiKeys,
     /// Refuse foreign `Host` and `Origin` headers.
     pub check_host: bool,
     pub limits: HttpLimits,
@@ -86,7 +90,9 @@ pub(crate) fn answering(app: Arc<App>) -> Router {
     inference().layer(CatchPanicLayer::custom(panicked)).with_state(app)
 }
 
-pub(crate) fn router(app: Arc<App>) -> Router {
+/// The API of a node; `control` is what only admins may ask.
+pub(crate) fn router(app: Arc<App>, control: Option<ControlRoutes>) -> Router {
+    let control = control.map_or_else(Router::new, |ControlRoutes(routes)| routes);
     let forward = axum::middleware::from_fn_with_state(app.clone(), forward::forward);
     inference()
         .route_layer(forward)
@@ -96,11 +102,12 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/readyz", get(system::readyz))
         .route("/metrics", get(system::metrics))
         .route("/openapi.json", get(system::openapi))
+        .with_state(app.clone())
+        .merge(control)
         .fallback(system::not_found)
         .method_not_allowed_fallback(system::method_not_allowed)
         .layer(CatchPanicLayer::custom(panicked))
-        .layer(axum::middleware::from_fn_with_state(app.clone(), guard::guard))
-        .with_state(app)
+        .layer(axum::middleware::from_fn_with_state(app, guard::guard))
 }
 
 fn panicked(panic: Box<dyn std::any::Any + Send + 'static>) -> Response {

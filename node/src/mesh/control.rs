@@ -1,5 +1,5 @@
-//! The Unix socket by which the command line talks to the node on the same host: JSON over HTTP, for
-//! whoever may open the file (mode 0600).
+//! What the command line asks a node: JSON over HTTP. On the same host over a Unix socket, for whoever
+//! may open the file (mode 0600); from elsewhere over the API, with an admin key.
 
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
@@ -37,17 +37,11 @@ pub struct ControlServer {
 
 impl ControlServer {
     /// Listens at `data/vine.sock`. A socket that a dead node left is replaced: the caller holds the
-    /// lock of the data directory, so that no living node has it. `left` is cancelled when the node has
-    /// left its mesh.
+    /// lock of the data directory, so that no living node has it.
     ///
     /// # Errors
     /// If the socket cannot be made (its path may be longer than the 107 bytes that Unix allows).
-    pub fn start(
-        data: &Path,
-        mesh: Mesh,
-        roster: Arc<Roster>,
-        left: CancellationToken,
-    ) -> std::io::Result<ControlServer> {
+    pub fn start(data: &Path, routes: ControlRoutes) -> std::io::Result<ControlServer> {
         let path = data.join(CONTROL_SOCKET);
         match std::fs::remove_file(&path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
@@ -58,16 +52,8 @@ impl ControlServer {
         let listener = UnixListener::bind(&unfinished)?;
         std::fs::set_permissions(&unfinished, PermissionsExt::from_mode(0o600))?;
         std::fs::rename(&unfinished, &path)?;
-        let router = Router::new()
-            .route("/mesh", get(status))
-            .route("/mesh/peers", get(peers))
-            .route("/mesh/invite", post(invite))
-            .route("/mesh/revoke", post(revoke))
-            .route("/mesh/authority", post(authority))
-            .route("/mesh/leave", post(leave))
-            .with_state(Control { mesh, roster, left });
         let task = tokio::spawn(async move {
-            if let Err(error) = axum::serve(listener, router).await {
+            if let Err(error) = axum::serve(listener, routes.0).await {
                 tracing::error!(%error, "the control socket is closed");
             }
         });
@@ -79,6 +65,24 @@ impl Drop for ControlServer {
     fn drop(&mut self) {
         self.task.abort();
         let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// What can be asked of a running node, whoever asks: who may is decided where they are served.
+#[derive(Clone)]
+pub struct ControlRoutes(pub(crate) Router);
+
+impl ControlRoutes {
+    /// `left` is cancelled when the node has left its mesh.
+    pub fn new(mesh: Mesh, roster: Arc<Roster>, left: CancellationToken) -> ControlRoutes {
+        let routes = Router::new()
+            .route("/mesh", get(status))
+            .route("/mesh/peers", get(peers))
+            .route("/mesh/invite", post(invite))
+            .route("/mesh/revoke", post(revoke))
+            .route("/mesh/authority", post(authority))
+            .route("/mesh/leave", post(leave));
+        ControlRoutes(routes.with_state(Control { mesh, roster, left }))
     }
 }
 

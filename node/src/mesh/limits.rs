@@ -81,6 +81,10 @@ macro_rules! counters {
             pub fn all(&self) -> Vec<(&'static str, u64)> {
                 vec![$((concat!("grapevine_mesh_", $metric, "_total"), self.$name.load(Ordering::Relaxed)),)*]
             }
+
+            pub(crate) fn samples(&self) -> impl Iterator<Item = crate::metrics::Sample> {
+                self.all().into_iter().map(|(name, n)| crate::metrics::Sample::new(name, n as f64))
+            }
         }
     };
 }

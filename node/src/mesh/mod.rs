@@ -19,12 +19,13 @@ mod quic;
 mod roster;
 mod rpc;
 mod running;
+mod samples;
 mod store;
 mod tls;
 mod upkeep;
 
 pub use connections::{CloseCode, PeerEvent, Service};
-pub use control::{CONTROL_SOCKET, ControlServer};
+pub use control::{CONTROL_SOCKET, ControlRoutes, ControlServer};
 pub use identity::{Clock, Identity, IdentityError, Standing, system_clock};
 pub use key_file::KeyFileError;
 pub use limits::{MeshCounters, MeshLimits};

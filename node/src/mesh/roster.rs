@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use protocol::membership::Addresses;
+use protocol::membership::{Addresses, MembershipStats};
 use protocol::node_record::{NodeRecord, ReplicaRecord, ReplicaState};
 use protocol::records::{Records, RecordsConfig, RecordsInput, RecordsOutput};
 use protocol::{Duration, Instant, Machine, NodeId, RequestId};
@@ -24,6 +24,7 @@ use super::answer;
 use super::members::{MemberLine, Members, MembersError};
 use super::{Call, Mesh, PeerEvent, Service, random};
 use crate::http::App;
+use crate::metrics::Sample;
 
 /// See the module. Made before the mesh, whose service it is, and started after it.
 pub struct Roster {
@@ -48,6 +49,39 @@ struct State {
     nodes: BTreeMap<NodeId, Known>,
     present: BTreeSet<NodeId>,
     addresses: BTreeMap<NodeId, Vec<SocketAddr>>,
+    membership: MembershipStats,
+    /// Models under whose name there are different weights, to warn once.
+    ambiguous: BTreeSet<String>,
+    exchanges: Exchanges,
+}
+
+impl State {
+    /// Warns once when there are different weights under one name.
+    fn warn_of_other_weights(&mut self, record: &NodeRecord) {
+        for ReplicaRecord { model, .. } in &record.replicas {
+            match self.router.weights(model) {
+                Some((_, true)) => {
+                    if self.ambiguous.insert(model.clone()) {
+                        tracing::warn!(
+                            model,
+                            "nodes serve different weights under this name: requests go to this node's, \
+                             or to those that most nodes have; give one of them another name"
+                        );
+                    }
+                }
+                _ => {
+                    self.ambiguous.remove(model);
+                }
+            }
+        }
+    }
+}
+
+/// Exchanges of records that this node began.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Exchanges {
+    pub done: u64,
+    pub failed: u64,
 }
 
 /// A record and when it was last heard.
@@ -99,6 +133,9 @@ impl Roster {
             nodes: BTreeMap::new(),
             present: BTreeSet::new(),
             addresses: BTreeMap::new(),
+            membership: MembershipStats::default(),
+            ambiguous: BTreeSet::new(),
+            exchanges: Exchanges::default(),
         };
         let _ = self.state.set(Mutex::new(state));
         let _ = self.started.set(Started { mesh, members, app, name: host_name() });
@@ -213,6 +250,21 @@ impl Roster {
         }
     }
 
+    /// What `/metrics` says of the mesh.
+    pub(crate) fn samples(&self) -> Vec<Sample> {
+        let (Some(started), Some(_)) = (self.started.get(), self.state.get()) else {
+            return Vec::new();
+        };
+        let now = self.now();
+        let state = self.lock();
+        let mut samples = super::samples::of_membership(&state.membership);
+        samples.extend(super::samples::of_router(&state.router, now));
+        samples.extend(super::samples::of_records(&state.exchanges, state.nodes.len()));
+        drop(state);
+        samples.extend(started.mesh.counters().samples());
+        samples
+    }
+
     /// A node's name for people: its record's, or the beginning of its id.
     pub(crate) fn name_of(&self, node: NodeId) -> String {
         let name = self.lock().nodes.get(&node).map(|known| known.record.name.clone());
@@ -238,7 +290,8 @@ impl Roster {
                 }
                 () = self.wake.notified() => {}
                 _ = refresh.tick() => {
-                    let (members, _) = started.members.view().await;
+                    let (members, stats) = started.members.view().await;
+                    self.lock().membership = stats;
                     self.reconcile(started.mesh.node(), &members, &mut out);
                     last_own = self.refresh_own(started, last_own, &mut out);
                 }
@@ -307,15 +360,18 @@ impl Roster {
         let Some(mesh) = self.mesh() else { return };
         let record = self.lock().records.record().to_vec();
         let call = async {
-            if self.connect(with).await.is_err() {
-                return;
-            }
-            if let Ok(theirs) = mesh.call(with, METHOD, record, EXCHANGE_TIMEOUT).await {
-                self.heard(with, &theirs);
-            }
+            self.connect(with).await.ok()?;
+            let theirs = mesh.call(with, METHOD, record, EXCHANGE_TIMEOUT).await.ok()?;
+            self.heard(with, &theirs);
+            Some(())
         };
-        let _ = tokio::time::timeout(EXCHANGE_TIMEOUT, call).await;
-        self.lock().records.handle(self.now(), RecordsInput::Done { node: with }, &mut Vec::new());
+        let done = tokio::time::timeout(EXCHANGE_TIMEOUT, call).await.ok().flatten();
+        let mut state = self.lock();
+        match done {
+            Some(()) => state.exchanges.done += 1,
+            None => state.exchanges.failed += 1,
+        }
+        state.records.handle(self.now(), RecordsInput::Done { node: with }, &mut Vec::new());
     }
 
     /// A member's record has come.
@@ -334,6 +390,7 @@ impl Roster {
         }
         state.router.report(now, node, loads(&record));
         state.router.path(node, true);
+        state.warn_of_other_weights(&record);
         let input = RecordsInput::Heard { node, record: bytes.to_vec() };
         state.records.handle(now, input, &mut Vec::new());
         state.nodes.insert(node, Known { record, heard: now });
@@ -403,8 +460,15 @@ fn loads(record: &NodeRecord) -> Vec<(String, ReplicaLoad)> {
         waiting: replica.waiting,
         prompt_tokens: replica.prompt_tokens,
         prefill_rate: replica.prefill_rate,
+        weights: first_bytes(&replica.fingerprint),
     };
     record.replicas.iter().map(|r| (r.model.clone(), load(r))).collect()
+}
+
+/// Names a fingerprint in the router.
+fn first_bytes(fingerprint: &str) -> u64 {
+    let hash = blake3::hash(fingerprint.as_bytes());
+    u64::from_le_bytes(hash.as_bytes()[..8].try_into().expect("a hash has 32 bytes"))
 }
 
 /// The host's name, for people.

@@ -8,8 +8,8 @@ use serde_json::Value;
 
 const VINE: &str = env!("CARGO_BIN_EXE_vine");
 
-/// A process that ends with the test.
-struct Up(Child);
+/// A process that ends with the test, and the URL of its API.
+struct Up(Child, String);
 
 impl Drop for Up {
     fn drop(&mut self) {
@@ -19,18 +19,19 @@ impl Drop for Up {
 }
 
 /// Starts a node and waits until it says that it is in a mesh.
-fn up(data: &Path, join: Option<&str>) -> Up {
+fn up(data: &Path, join: Option<&str>, admin_key: &str) -> Up {
     let mut command = Command::new(VINE);
     command.args(["up", "--model", "demo", "--api", "127.0.0.1:0", "--mesh", "127.0.0.1:0"]);
-    command.arg("--data").arg(data).env_remove("SSLKEYLOGFILE");
+    command.arg("--data").arg(data).env_remove("SSLKEYLOGFILE").env("VINE_ADMIN_KEY", admin_key);
     if let Some(token) = join {
         command.args(["--join", token]);
     }
     let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    let up = Up(child);
+    let mut up = Up(child, String::new());
     let serving = lines.next().expect("it starts").unwrap();
-    assert!(serving.starts_with("serving 1 model(s) at http://127.0.0.1:"), "{serving}");
+    let url = serving.strip_prefix("serving 1 model(s) at ").and_then(|u| u.strip_suffix("/v1"));
+    up.1 = url.expect(&serving).to_owned();
     let mesh = lines.next().expect("it says more").unwrap();
     assert!(mesh.contains(" of mesh "), "{mesh}");
     up
@@ -45,12 +46,25 @@ fn vine(args: &[&str], data: &Path) -> Result<Value, String> {
     }
 }
 
+/// Asks a node over its API who its peers are.
+fn remote(url: &str, key: &str) -> Result<Value, String> {
+    let mut command = Command::new(VINE);
+    let output = command.args(["peers", "--json", "--node", url, "--key", key]).output().unwrap();
+    match output.status.success() {
+        true => Ok(serde_json::from_slice(&output.stdout).unwrap()),
+        false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
+    }
+}
+
 #[test]
 fn invite_join_revoke_leave() {
     let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let error = vine(&["invite"], a.path()).unwrap_err();
     assert!(error.contains("vine.sock") && error.contains("vine up"), "{error}");
-    let _first = up(a.path(), None);
+    let first = up(a.path(), None, "an-admin-key");
+    assert_eq!(remote(&first.1, "an-admin-key").unwrap()["peers"].as_array().unwrap().len(), 1);
+    let error = remote(&first.1, "another-key").unwrap_err();
+    assert!(error.contains("401") && error.contains("no admin key"), "{error}");
     for (args, wanted) in [
         (vec!["invite", "--uses", "0"], "1 to 256"),
         (vec!["invite", "--roles", "king"], "king"),
@@ -62,7 +76,9 @@ fn invite_join_revoke_leave() {
         assert!(error.contains(wanted), "{args:?}: {error}");
     }
     let token = vine(&["invite", "--ttl", "5m"], a.path()).unwrap();
-    let second = up(b.path(), token["token"].as_str());
+    let second = up(b.path(), token["token"].as_str(), "");
+    let error = remote(&second.1, "an-admin-key").unwrap_err();
+    assert!(error.contains("Unix socket") && error.contains("--admin-keys"), "{error}");
     let authority = vine(&["authority"], b.path()).unwrap();
     assert_eq!(authority["root_key_here"], false);
     assert!(authority["nodes"].as_array().is_some_and(|n| !n.is_empty()), "{authority}");

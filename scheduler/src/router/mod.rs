@@ -9,6 +9,7 @@
 
 mod breaker;
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
 use protocol::{Duration, Instant, NodeId, RequestId};
@@ -66,6 +67,8 @@ pub struct ReplicaLoad {
     pub prompt_tokens: u64,
     /// Prompt tokens per second that it computes; 0 if not yet measured.
     pub prefill_rate: u32,
+    /// Names its weights and numerics: replicas with one value answer alike.
+    pub weights: u64,
 }
 
 /// A request that needs a replica.
@@ -126,6 +129,21 @@ pub struct Choice {
     pub candidates: usize,
 }
 
+/// What has happened since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RouterStats {
+    /// Requests given to this node.
+    pub chosen_own: u64,
+    /// Requests given to another node, each attempt.
+    pub chosen_peer: u64,
+    /// Requests for which no replica could be asked.
+    pub unavailable: u64,
+    /// Attempts that the node refused for want of room.
+    pub refused: u64,
+    /// Attempts that gave no answer, or broke off.
+    pub failed: u64,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct Router {
@@ -133,6 +151,7 @@ pub struct Router {
     /// This node: no hop, and its path is never down.
     own: NodeId,
     nodes: BTreeMap<NodeId, Node>,
+    stats: RouterStats,
 }
 
 #[derive(Debug)]
@@ -155,7 +174,7 @@ struct Sent {
 
 impl Router {
     pub fn new(own: NodeId, config: RouterConfig) -> Self {
-        Router { config, own, nodes: BTreeMap::new() }
+        Router { config, own, nodes: BTreeMap::new(), stats: RouterStats::default() }
     }
 
     /// A node's replicas and their load: all of them, those not named are gone.
@@ -194,10 +213,27 @@ impl Router {
         models
     }
 
-    /// The replica to ask, which from now on counts the request. Ties are broken by the request's id,
-    /// so that routers which know the same do not all choose the same.
+    /// The weights that a model's name stands for, and whether ready replicas have others under the
+    /// same name: those of this node, or of most ready replicas (the lowest value of several).
+    pub fn weights(&self, model: &str) -> Option<(u64, bool)> {
+        let ready =
+            |node: &Node| Some(node.replicas.get(model)?).filter(|l| l.ready).map(|l| l.weights);
+        let mut counts: BTreeMap<u64, usize> = BTreeMap::new();
+        for weights in self.nodes.values().filter_map(ready) {
+            *counts.entry(weights).or_default() += 1;
+        }
+        let own = self.nodes.get(&self.own).and_then(ready);
+        let most = || counts.iter().max_by_key(|&(&weights, &n)| (n, Reverse(weights)));
+        let weights = own.or_else(|| most().map(|(&weights, _)| weights))?;
+        Some((weights, counts.len() > 1))
+    }
+
+    /// The replica to ask, which from now on counts the request. One with other weights than those the
+    /// name stands for is asked only where no other can be. Ties are broken by the request's id, so that
+    /// routers which know the same do not all choose the same.
     pub fn choose(&mut self, now: Instant, ask: &Ask<'_>) -> Result<Choice, NoReplica> {
-        let mut best: Option<(u64, u64, NodeId)> = None;
+        let weights = self.weights(ask.model).map(|(weights, _)| weights);
+        let mut best: Option<(bool, u64, u64, NodeId)> = None;
         let (mut candidates, mut unavailable) = (0, Vec::new());
         for (&id, node) in &self.nodes {
             let Some(load) = node.replicas.get(ask.model) else { continue };
@@ -207,17 +243,23 @@ impl Router {
             }
             candidates += 1;
             let cost = self.cost_us(id, node, load, ask);
-            let key = (cost, tie(ask.request, id), id);
+            let key = (Some(load.weights) != weights, cost, tie(ask.request, id), id);
             if best.is_none_or(|best| key < best) {
                 best = Some(key);
             }
         }
-        let Some((cost, _, id)) = best else {
-            return Err(match unavailable.is_empty() {
-                true => NoReplica::UnknownModel,
-                false => NoReplica::Unavailable(unavailable),
-            });
+        let Some((_, cost, _, id)) = best else {
+            if unavailable.is_empty() {
+                return Err(NoReplica::UnknownModel);
+            }
+            self.stats.unavailable += 1;
+            return Err(NoReplica::Unavailable(unavailable));
         };
+        let chosen = match id == self.own {
+            true => &mut self.stats.chosen_own,
+            false => &mut self.stats.chosen_peer,
+        };
+        *chosen += 1;
         let node = self.nodes.get_mut(&id).expect("chosen among them");
         node.breaker.tried(now);
         if node.sent.len() < SENT_PER_NODE_MAX {
@@ -240,11 +282,13 @@ impl Router {
                 node.sent.remove(&request);
             }
             Outcome::Refused { retry_after } => {
+                self.stats.refused += 1;
                 node.breaker.succeeded();
                 node.sent.remove(&request);
                 node.busy_until = now + retry_after.min(self.config.open_max);
             }
             Outcome::Failed => {
+                self.stats.failed += 1;
                 node.sent.remove(&request);
                 // What fails here is this request's fault, or seen by the registry.
                 if !own {
@@ -252,6 +296,21 @@ impl Router {
                 }
             }
         }
+    }
+
+    /// What has happened since the start.
+    pub fn stats(&self) -> RouterStats {
+        self.stats
+    }
+
+    /// Requests under way to other nodes.
+    pub fn in_flight_elsewhere(&self) -> usize {
+        self.nodes.iter().filter(|(id, _)| **id != self.own).map(|(_, node)| node.sent.len()).sum()
+    }
+
+    /// Nodes left alone because they failed too often.
+    pub fn breakers_open(&self, now: Instant) -> usize {
+        self.nodes.values().filter(|node| node.breaker.open_for(now).is_some()).count()
     }
 
     /// Requests under way to a node, as this router counts them.

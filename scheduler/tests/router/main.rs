@@ -14,7 +14,7 @@ fn at(ms: u64) -> Instant {
 }
 
 fn load(running: u32, prompt_tokens: u64, prefill_rate: u32) -> ReplicaLoad {
-    ReplicaLoad { ready: true, running, waiting: 0, prompt_tokens, prefill_rate }
+    ReplicaLoad { ready: true, running, waiting: 0, prompt_tokens, prefill_rate, weights: 7 }
 }
 
 fn ask(request: u128) -> Ask<'static> {
@@ -48,6 +48,40 @@ fn the_least_loaded_is_chosen() {
         let choice = router(&loads).choose(at(10), &ask(1)).expect(what);
         assert_eq!(choice.node, node(expect), "{what}");
     }
+}
+
+#[test]
+fn a_name_stands_for_one_set_of_weights() {
+    let of = |weights, running| ReplicaLoad { weights, ..load(running, 0, 1000) };
+    let choose = |loads: &[(u8, ReplicaLoad)], excluded: &[NodeId]| {
+        let ask = Ask { request: RequestId(1), model: "m", prompt_tokens: 100, excluded };
+        router(loads).choose(at(10), &ask).unwrap().node
+    };
+    let loads = [(1, of(1, 0)), (2, of(2, 5)), (3, of(2, 6))];
+    assert_eq!(choose(&loads, &[]), node(2), "those of most replicas, though busier");
+    assert_eq!(router(&loads).weights("m"), Some((2, true)));
+    assert_eq!(choose(&loads, &[node(2), node(3)]), node(1), "others before none");
+    let with_own = [(0, of(1, 50)), (1, of(1, 0)), (2, of(2, 0)), (3, of(2, 0))];
+    assert_eq!(choose(&with_own, &[]), node(1), "this node's");
+    let unready = ReplicaLoad { ready: false, ..of(1, 0) };
+    assert_eq!(router(&[(0, unready), (1, of(2, 0))]).weights("m"), Some((2, false)));
+    assert_eq!(router(&[]).weights("m"), None);
+}
+
+#[test]
+fn it_counts() {
+    let mut router = router(&[(0, load(0, 0, 1000)), (1, load(0, 0, 9000))]);
+    assert_eq!(router.choose(at(1), &ask(1)).unwrap().node, node(1));
+    assert_eq!(router.in_flight_elsewhere(), 1);
+    router.settle(at(2), node(1), RequestId(1), Outcome::Failed);
+    let own = Ask { excluded: &[node(1)], ..ask(1) };
+    assert_eq!(router.choose(at(3), &own).unwrap().node, OWN);
+    let nobody = Ask { excluded: &[OWN, node(1)], ..ask(1) };
+    assert!(router.choose(at(3), &nobody).is_err());
+    let stats = router.stats();
+    assert_eq!((stats.chosen_own, stats.chosen_peer), (1, 1));
+    assert_eq!((stats.failed, stats.unavailable, stats.refused), (1, 1, 0));
+    assert_eq!((router.in_flight_elsewhere(), router.breakers_open(at(3))), (0, 0));
 }
 
 #[test]
