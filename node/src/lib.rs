@@ -9,6 +9,7 @@ mod accept;
 pub mod http;
 mod ids;
 pub mod load;
+pub mod measured;
 pub mod mesh;
 pub mod metrics;
 mod model;

@@ -1,7 +1,7 @@
 //! A node from start to stop.
 
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use crate::accept;
 use crate::http::{self, App};
 use crate::ids::RequestIds;
 use crate::load;
+use crate::measured;
 use crate::mesh::{MembersError, Mesh, Roster};
 use crate::metrics::Metrics;
 use crate::options::NodeOptions;
@@ -83,6 +84,7 @@ pub async fn serve(options: NodeOptions) -> Result<Node, ServeError> {
         limits: options.http.clone(),
         ids: RequestIds::new(),
         roster: OnceLock::new(),
+        measured: OnceLock::new(),
         running: TaskTracker::new(),
         drain: CancellationToken::new(),
         cancel: CancellationToken::new(),
@@ -119,6 +121,12 @@ impl Node {
         self.app.metrics.add_source(Box::new(move || shown.samples()));
         let _ = self.app.roster.set(roster);
         Ok(())
+    }
+
+    /// Measures the host's memory and arithmetic for the node record while nothing runs, and keeps the
+    /// result in `file`: with another `cpu` (its name) or number of threads it is measured again.
+    pub fn measure_when_idle(&self, file: PathBuf, cpu: String, threads: usize) {
+        tokio::spawn(measured::measure_when_idle(self.app.clone(), file, cpu, threads));
     }
 
     /// Waits until every model is loaded and has made a step, or has failed to.

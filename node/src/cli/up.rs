@@ -2,7 +2,8 @@
 
 use super::args::{EngineArgs, KvType, QuantType, UpArgs};
 use super::mesh::{self, MeshArgs};
-use super::model::{LoadedModel, ModelSpec, load};
+use super::model::{self, LoadedModel, ModelSpec, load};
+use super::system;
 use anyhow::{Context, bail};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use node::mesh::{ControlRoutes, Mesh, Roster};
@@ -129,6 +130,9 @@ pub async fn serve(served: Served, engine: &EngineArgs) -> anyhow::Result<Node> 
     // Before the models are loaded: others see that they come.
     if let (Some((mesh, roster, _)), Some(data)) = (served.mesh, &served.data) {
         node.join(mesh, roster, data)?;
+        let threads = engine.threads.unwrap_or_else(model::default_threads);
+        let cpu = system::cpu_name().unwrap_or_default();
+        node.measure_when_idle(data.join("measured.json"), cpu, threads);
     }
     tokio::select! {
         ready = node.ready() => ready?,

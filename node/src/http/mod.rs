@@ -38,6 +38,7 @@ pub use auth::{
 };
 
 use crate::ids::RequestIds;
+use crate::measured::Measured;
 use crate::mesh::{ControlRoutes, Roster};
 use crate::metrics::Metrics;
 use crate::options::HttpLimits;
@@ -57,6 +58,8 @@ pub(crate) struct App {
     pub ids: RequestIds,
     /// The other nodes, once this one is in a mesh.
     pub roster: OnceLock<Arc<Roster>>,
+    /// What the host can do, once that is known.
+    pub measured: OnceLock<Measured>,
     /// Requests that run a model, until the end of their answers.
     pub running: TaskTracker,
     /// No new work; `/readyz` says so.

@@ -221,6 +221,8 @@ fn peer(line: &PeerLine) -> Value {
         "rtt_ms": member.rtt.map(|rtt| rtt.as_secs_f64() * 1e3),
         "version": record.map(|r| r.version.as_str()),
         "draining": record.map(|r| r.draining),
+        "memory_bytes_per_s": record.map(|r| r.memory_bytes_per_s),
+        "int8_ops_per_s": record.map(|r| r.int8_ops_per_s),
         "models": record.map(|r| r.replicas.iter().map(replica).collect::<Vec<_>>()),
         "record_age_s": record_age.map(|age| age.as_secs_f64()),
     })

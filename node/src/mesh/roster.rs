@@ -397,12 +397,13 @@ impl Roster {
     }
 
     fn own_record(&self, started: &Started) -> NodeRecord {
+        let measured = started.app.measured.get().copied().unwrap_or_default();
         NodeRecord {
             name: started.name.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             overlay: Vec::new(),
-            memory_bytes_per_s: 0,
-            int8_ops_per_s: 0,
+            memory_bytes_per_s: measured.memory_bytes_per_s,
+            int8_ops_per_s: measured.int8_ops_per_s,
             draining: started.app.drain.is_cancelled(),
             replicas: started.app.registry.replica_records(),
         }
