@@ -116,9 +116,18 @@ impl ChatTemplate {
         tokenizer: &Tokenizer,
         input: &ChatInput<'_>,
     ) -> Result<Prompt, TemplateError> {
+        self.render_within(tokenizer, input, TIME_MAX)
+    }
+
+    fn render_within(
+        &self,
+        tokenizer: &Tokenizer,
+        input: &ChatInput<'_>,
+        time_max: Duration,
+    ) -> Result<Prompt, TemplateError> {
         let strings = Strings::of(input);
         let guard = Guard::for_template(tokenizer, &self.source, strings.all())?;
-        let budget = Arc::new(Budget::new(strings.bytes));
+        let budget = Arc::new(Budget::new(strings.bytes, time_max));
         let text = match self.render_guarded(tokenizer, input, &guard, &budget, Calls::AsValues) {
             // most templates want the arguments of calls as values, a few as JSON text
             Err(TemplateError::Render { .. }) if has_calls(input.messages) => {
@@ -351,13 +360,13 @@ struct SharedBudget(Arc<Budget>);
 impl minijinja::value::Object for SharedBudget {}
 
 impl Budget {
-    fn new(input_bytes: usize) -> Self {
+    fn new(input_bytes: usize, time_max: Duration) -> Self {
         let string_bytes_max = (STRING_BYTES_MIN + 4 * input_bytes).min(TEMPLATE_OUTPUT_BYTES_MAX);
         Self {
             string_bytes_max,
             written: AtomicU64::new(0),
             looked_at: AtomicU64::new(0),
-            deadline: Instant::now() + TIME_MAX,
+            deadline: Instant::now() + time_max,
         }
     }
 

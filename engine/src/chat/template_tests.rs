@@ -4,6 +4,15 @@ use super::*;
 use crate::tokenizer::sample;
 
 fn render(source: &str, messages: &[Json], tools: &[Json]) -> Result<Prompt, TemplateError> {
+    render_within(source, messages, tools, TIME_MAX)
+}
+
+fn render_within(
+    source: &str,
+    messages: &[Json],
+    tools: &[Json],
+    time_max: Duration,
+) -> Result<Prompt, TemplateError> {
     let input = ChatInput {
         messages,
         tools,
@@ -12,7 +21,7 @@ fn render(source: &str, messages: &[Json], tools: &[Json]) -> Result<Prompt, Tem
         variables: &Map::new(),
         now: Calendar::from_unix_s(0),
     };
-    ChatTemplate::new(source)?.render(&sample::tokenizer(), &input)
+    ChatTemplate::new(source)?.render_within(&sample::tokenizer(), &input, time_max)
 }
 
 #[test]
@@ -98,70 +107,90 @@ fn users_write_no_markers_of_the_template() {
     assert_eq!(markers("system", text), (2, 1));
 }
 
+/// Each template is stopped by the limit that is meant for it, however slow the machine is: no
+/// clock takes part. What ends well says how many bytes it writes.
 #[test]
 fn hostile_templates_end() {
+    const LARGE: Result<usize, &str> = Err("too large or too deep");
+    const STEPS: Result<usize, &str> = Err("needs more than 10000000 steps");
+    const MULTIPLIED: Result<usize, &str> = Err("only text, or values and a small number");
+    const RECURSION: Result<usize, &str> = Err("recursion limit exceeded");
     let double = "{% set x = 'aaaaaaaa' %}".to_owned() + &"{% set x = x ~ x %}".repeat(64);
     let cases = [
         (
             "{% for a in range(10000) %}{% for b in range(10000) %}{% for c in range(10000) %}\
           {% endfor %}{% endfor %}{% endfor %}",
-            "steps",
+            STEPS,
         ),
-        (double.as_str(), "too large"),
+        (double.as_str(), LARGE),
         (
             "{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(99) %}\
           {% set ns.x = ns.x + ns.x %}{% endfor %}",
-            "too large",
+            LARGE,
         ),
-        ("{% macro m(x) %}{{ m(x ~ x) }}{% endmacro %}{{ m('aaaaaaaa') }}", ""),
-        ("{% set x = ['a'] %}{% for i in range(99) %}{% set x = [x, x] %}{% endfor %}", ""),
+        ("{% macro m(x) %}{{ m(x ~ x) }}{% endmacro %}{{ m('aaaaaaaa') }}", LARGE),
+        // a name that is set in a loop ends with its turn
+        ("{% set x = ['a'] %}{% for i in range(99) %}{% set x = [x, x] %}{% endfor %}", Ok(0)),
         (
             "{% set l = namespace(x=['a']) %}{% for i in range(99) %}{% set l.x = [l.x, l.x] %}\
           {% endfor %}{{ l.x }}",
-            "large",
+            LARGE,
         ),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", ""),
-        ("{% for x in [1] recursive %}{{ loop([1]) }}{% endfor %}", ""),
-        ("{{ 'a' * 99999999 }}", "large"),
-        ("{% set x = 'a' * 100000 %}{{ x | replace('a', x) }}", "large"),
-        ("{% set x = 'a' * 100000 %}{{ x.replace('a', x) }}", "large"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", RECURSION),
+        ("{% for x in [1] recursive %}{{ loop([1]) }}{% endfor %}", RECURSION),
+        ("{{ 'a' * 99999999 }}", LARGE),
+        ("{% set x = 'a' * 100000 %}{{ x | replace('a', x) }}", LARGE),
+        ("{% set x = 'a' * 100000 %}{{ x.replace('a', x) }}", LARGE),
         (
             "{% for i in range(10000) %}{% for j in range(1000) %}{{ 'aaaaaaaaaaaaaaaa' }}\
           {% endfor %}{% endfor %}",
-            "",
+            STEPS,
         ),
-        ("{% set x %}{% for i in range(10000) %}{{ 'a' * 100000 }}{% endfor %}{% endset %}", ""),
-        ("{{ '{:9999999999}'.format(1) }}", ""),
-        ("{{ messages | tojson(indent=99999999) }}", ""),
-        ("{{ '%99999999999d' | format(1) }}", "large"),
-        ("{{ ('%9999d' * 9999) | format(1) }}", "large"),
-        ("{{ '%*d' | format(99999999999, 1) }}", "large"),
-        ("{{ 'a' | indent(99999999999, true) }}", "large"),
-        ("{{ ('a' * 100000) | list | join('b' * 100000) }}", "large"),
-        ("{{ ('b' * 100000).join('a' * 100000) }}", "large"),
-        ("{{ ([1] * 99999999) | list | length }}", "multiplied"),
-        ("{{ '' ~ ([[[1] * 999] * 999] * 999) }}", "multiplied"),
-        ("{% set n = 99999999 %}{{ '' ~ ([1] * n) }}", "multiplied"),
-        ("{{ {'a': {}} | f('{#') }}{% set x = [1] * x %}{# #}", "multiplied"),
-        ("{{ strftime_now('%Y' * 100000000) }}", ""),
+        (
+            "{% set x %}{% for i in range(10000) %}{{ 'a' * 100000 }}{% endfor %}{% endset %}",
+            Err("writes too much"),
+        ),
+        ("{{ '{:9999999999}'.format(1) }}", LARGE),
+        // deeper than 16 is not indented
+        ("{{ messages | tojson(indent=99999999) }}", Ok(134)),
+        ("{{ '%99999999999d' | format(1) }}", LARGE),
+        ("{{ ('%9999d' * 9999) | format(1) }}", LARGE),
+        ("{{ '%*d' | format(99999999999, 1) }}", LARGE),
+        ("{{ 'a' | indent(99999999999, true) }}", LARGE),
+        ("{{ ('a' * 100000) | list | join('b' * 100000) }}", LARGE),
+        ("{{ ('b' * 100000).join('a' * 100000) }}", LARGE),
+        ("{{ ([1] * 99999999) | list | length }}", MULTIPLIED),
+        ("{{ '' ~ ([[[1] * 999] * 999] * 999) }}", Err("values are multiplied too often")),
+        ("{% set n = 99999999 %}{{ '' ~ ([1] * n) }}", MULTIPLIED),
+        ("{{ {'a': {}} | f('{#') }}{% set x = [1] * x %}{# #}", MULTIPLIED),
+        ("{{ strftime_now('%Y' * 100000000) }}", Err("repeated string is too large")),
         (
             "{% with x = 'aaaa' * 20000 %}{% with y = x ~ x %}{% with x = y ~ y %}{% endwith %}\
           {% endwith %}{% endwith %}",
-            "large",
+            LARGE,
         ),
     ];
     for (source, expect) in cases {
         let shown: String = source.chars().take(70).collect();
-        match render(source, &[json!({"role": "user", "content": "x"})], &[]) {
-            Ok(prompt) => assert!(expect.is_empty() && prompt.text.len() < 1 << 20, "{shown}"),
-            Err(error) => {
+        let messages = [json!({"role": "user", "content": "x"})];
+        match (render_within(source, &messages, &[], HOUR), expect) {
+            (Ok(prompt), Ok(bytes)) => assert_eq!(prompt.text.len(), bytes, "{shown}"),
+            (Err(error), Err(reason)) => {
                 let error = error.to_string();
-                // a busy machine meets the limit of time before any other
-                let stopped = error.contains(expect) || error.contains("takes too long");
-                assert!(stopped && error.len() < 1_000, "{shown}: {error}");
+                assert!(error.contains(reason) && error.len() < 1_000, "{shown}: {error}");
             }
+            (rendered, expect) => panic!("{shown}: {rendered:?}, expected {expect:?}"),
         }
     }
+}
+
+#[test]
+fn a_rendering_ends_when_its_time_is_over() {
+    let source = "{% for i in range(1000) %}{{ i }}{% endfor %}";
+    let error = render_within(source, &[], &[], Duration::ZERO).expect_err("no time at all");
+    assert!(matches!(error, TemplateError::Limit { line: 1, .. }), "{error:?}");
+    assert!(error.to_string().contains("takes too long"), "{error}");
+    assert_eq!(render_within(source, &[], &[], HOUR).expect("renders").text.len(), 2_890);
 }
 
 #[test]
@@ -199,3 +228,5 @@ fn calls_as_text_where_a_template_wants_text() {
     let source = "{% set f = messages[0].tool_calls[0].function %}{{ f.name + f.arguments }}";
     assert_eq!(render(source, &messages, &[]).expect("renders").text, "f{\"a\":1}");
 }
+
+const HOUR: Duration = Duration::from_secs(3600);
