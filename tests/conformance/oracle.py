@@ -48,7 +48,7 @@ def main():
             logits = model(torch.tensor([ids])).logits[0].numpy()
             greedy = model.generate(torch.tensor([ids]), max_new_tokens=GREEDY_TOKENS, min_new_tokens=GREEDY_TOKENS,
                                     do_sample=False, eos_token_id=None, pad_token_id=0)[0, len(ids):].tolist()
-        for spec in filter(None, [folder, gguf_file]):
+        for spec in [folder, gguf_file]:
             label = f"{name} {'gguf' if spec == gguf_file else 'safetensors'}"
             report.check(f"{label}: logits", lambda: compare_logits(vine, spec, ids, logits))
             report.check(f"{label}: greedy", lambda: compare_greedy(vine, spec, ids, greedy))

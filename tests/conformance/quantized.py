@@ -90,10 +90,10 @@ def compare_next(vine, path, exact, root, ids, theirs):
 
 
 def dequantized(path):
-    """(name, f32 array) of every tensor, by the gguf package."""
+    """(name, f32 array, None) of every tensor, by the gguf package."""
     for tensor in gguf.GGUFReader(path).tensors:
         array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        yield tensor.name, array.reshape([int(n) for n in reversed(tensor.shape)])
+        yield tensor.name, array.reshape([int(n) for n in reversed(tensor.shape)]), None
 
 
 def quantize(source, path, ftype):

@@ -43,6 +43,8 @@ TOYS = {
               tie_word_embeddings=False, rope_parameters=YARN_ROPE)),
     "mistral-window": ("Mistral", "llama", "llama-bpe", dict(num_attention_heads=8, num_key_value_heads=2,
               tie_word_embeddings=False, sliding_window=16, rope_parameters=PLAIN_ROPE, head_dim=16)),
+    "qwen2-window": ("Qwen2", "qwen2", "qwen2", dict(num_attention_heads=8, num_key_value_heads=2, sliding_window=16,
+              tie_word_embeddings=True, use_sliding_window=True, max_window_layers=2, rope_parameters=PLAIN_ROPE)),
     "qwen2": ("Qwen2", "qwen2", "qwen2", dict(num_attention_heads=8, num_key_value_heads=2,
               tie_word_embeddings=True, use_sliding_window=False, rope_parameters=dict(PLAIN_ROPE, rope_theta=1e6))),
     "qwen3": ("Qwen3", "qwen3", "qwen2", dict(num_attention_heads=4, num_key_value_heads=2, head_dim=48,
@@ -53,16 +55,14 @@ TOYS = {
               num_experts=4, moe_intermediate_size=96, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[],
               tie_word_embeddings=False, use_sliding_window=False, rope_parameters=PLAIN_ROPE)),
 }
-# llama.cpp's "llama" has no sliding window; the Hugging Face directory alone is compared there.
-NO_GGUF = {"mistral-window"}
 
 
 def make(root):
-    """Writes every toy below `root`; gives {name: (directory, gguf file or None)}."""
+    """Writes every toy below `root`; gives {name: (directory, gguf file)}."""
     out = {}
     for seed, (name, (prefix, arch, pre, options)) in enumerate(TOYS.items()):
         folder = os.path.join(root, name)
-        path = None if name in NO_GGUF else os.path.join(root, f"{name}-F32.gguf")
+        path = os.path.join(root, f"{name}-F32.gguf")
         out[name] = (folder, path)
         if os.path.exists(os.path.join(folder, "done")):
             continue
@@ -70,8 +70,7 @@ def make(root):
         model = build(prefix, {**COMMON, **options}, seed)
         model.save_pretrained(folder, safe_serialization=True)
         write_tokenizer(folder, vocabulary, pre)
-        if path:
-            write_gguf(path, name, arch, pre, model, vocabulary)
+        write_gguf(path, name, arch, pre, model, vocabulary)
         open(os.path.join(folder, "done"), "w").close()
     return out
 
@@ -176,7 +175,7 @@ def interleave(a, heads):
 
 
 def write_gguf(path, name, arch, pre, model, vocabulary, tensors=None):
-    """`tensors`: (GGUF name, f32 array) pairs instead of the model's own."""
+    """`tensors`: (GGUF name, array, type of its bytes or None for f32) instead of the model's own."""
     c = model.config
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     rope = c.rope_parameters
@@ -201,6 +200,11 @@ def write_gguf(path, name, arch, pre, model, vocabulary, tensors=None):
         w.add_expert_used_count(c.num_experts_per_tok)
         if arch == "qwen3moe":
             w.add_expert_feed_forward_length(c.moe_intermediate_size)
+    windowed = [kind == "sliding_attention" for kind in getattr(c, "layer_types", None) or []]
+    if getattr(c, "sliding_window", None):
+        w.add_sliding_window(c.sliding_window)
+        if not all(windowed):
+            w.add_sliding_window_pattern(windowed)
     if rope["rope_type"] == "linear":
         w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         w.add_rope_scaling_factor(rope["factor"])
@@ -220,8 +224,8 @@ def write_gguf(path, name, arch, pre, model, vocabulary, tensors=None):
     w.add_chat_template(CHATML)
     if rope["rope_type"] == "llama3":
         w.add_tensor("rope_freqs.weight", llama3_factors(rope, head_dim))
-    for tensor, array in tensors or gguf_tensors(arch, model):
-        w.add_tensor(tensor, np.ascontiguousarray(array, np.float32))
+    for tensor, array, kind in tensors or ((*pair, None) for pair in gguf_tensors(arch, model)):
+        w.add_tensor(tensor, np.ascontiguousarray(array, None if kind else np.float32), raw_dtype=kind)
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()

@@ -238,10 +238,29 @@ impl Reader<'_, '_> {
         Ok(scaling)
     }
 
+    /// The window that the file names. llama.cpp does not read it in files of these families and
+    /// lets every layer see everything; transformers keeps to it, and so does this.
     fn sliding_window(&self, layers: usize) -> Result<Option<SlidingWindow>, ModelError> {
         let tokens = self.optional_size(Field::SlidingWindow)?.filter(|tokens| *tokens > 0);
-        let layers = layers.min(crate::model::LAYERS_MAX);
-        Ok(tokens.map(|tokens| SlidingWindow { tokens, layers: vec![true; layers] }))
+        let Some(tokens) = tokens else { return Ok(None) };
+        let layers = self.windowed_layers(layers.min(crate::model::LAYERS_MAX))?;
+        Ok(layers.contains(&true).then_some(SlidingWindow { tokens, layers }))
+    }
+
+    /// Which layers have the window: all of them, unless the file says which, or that each n-th
+    /// sees everything.
+    fn windowed_layers(&self, layers: usize) -> Result<Vec<bool>, ModelError> {
+        let key = format!("{}.attention.sliding_window_pattern", self.keys.prefix);
+        let expected = format!("a whole number, or true or false for each of {layers} layers");
+        let pattern = self.gguf.optional(&key, &expected, |value| match value.array() {
+            None => {
+                let every = value.size()?;
+                Some((0..layers).map(|layer| every == 0 || layer % every + 1 < every).collect())
+            }
+            Some(array) if array.len() != layers => None,
+            Some(array) => array.numbers()?.map(|windowed| windowed.bool()).collect(),
+        })?;
+        Ok(pattern.unwrap_or_else(|| vec![true; layers]))
     }
 
     fn size(&self, field: Field) -> Result<usize, ModelError> {

@@ -6,7 +6,7 @@ mod refusals;
 
 use std::path::PathBuf;
 
-use super::testing::{self, ARCHITECTURES, EOS};
+use super::testing::{self, ARCHITECTURES, EOS, Meta};
 use super::{Format, ModelSource, TensorRole, TokenizerSource};
 use crate::model::{Architecture, DecoderConfig, RopeLayout, RopeScaling};
 
@@ -27,6 +27,34 @@ fn open_gguf(bytes: Vec<u8>) -> Result<ModelSource, super::ModelError> {
     let path = directory.path().join("tiny.gguf");
     std::fs::write(&path, bytes).expect("written");
     ModelSource::open(&path)
+}
+
+#[test]
+fn windows_of_gguf_files() {
+    // Arrays of booleans: the ids of their kind, their number, one byte each.
+    let chosen = |layers: [u8; 2]| {
+        let head = [&7u32.to_le_bytes()[..], &2u64.to_le_bytes()].concat();
+        Meta::Raw(9, [head, layers.to_vec()].concat())
+    };
+    let table = [
+        (0, None, [None; 2]),
+        (8, None, [Some(8); 2]),
+        (8, Some(Meta::U32(0)), [Some(8); 2]),
+        (8, Some(Meta::U32(1)), [None; 2]),
+        (8, Some(Meta::U32(2)), [Some(8), None]),
+        (8, Some(chosen([0, 1])), [None, Some(8)]),
+        (8, Some(chosen([0, 0])), [None; 2]),
+        (0, Some(chosen([1, 1])), [None; 2]),
+    ];
+    for (row, (tokens, pattern, expected)) in table.into_iter().enumerate() {
+        let mut file = testing::gguf(&testing::tiny(Architecture::Llama), Format::Q8_0, 1);
+        file.set("llama.attention.sliding_window", Meta::U32(tokens));
+        if let Some(pattern) = pattern {
+            file.set("llama.attention.sliding_window_pattern", pattern);
+        }
+        let config = open_gguf(file.bytes()).expect("opens").config;
+        assert_eq!([0, 1].map(|layer| config.window(layer)), expected, "row {row}");
+    }
 }
 
 #[test]
@@ -138,8 +166,8 @@ fn a_split_file_is_one_model() {
     for part in 0..3usize {
         let mut file = whole.clone();
         file.metadata.retain(|(key, _)| part == 0 || key == "general.architecture");
-        file.set("split.no", testing::Meta::U32(part as u32));
-        file.set("split.count", testing::Meta::U32(3));
+        file.set("split.no", Meta::U32(part as u32));
+        file.set("split.count", Meta::U32(3));
         let tensors = whole.tensors.iter().skip(part).step_by(3);
         file.tensors = tensors.cloned().collect();
         std::fs::write(path(part + 1), file.bytes()).expect("written");
@@ -159,7 +187,7 @@ fn the_digest_is_of_the_weights_alone() {
     let digest = |file: &testing::GgufFile| open_gguf(file.bytes()).expect("opens").digest();
     let file = testing::gguf(&config, Format::Q8_0, 3);
     let mut renamed = file.clone();
-    renamed.set("general.name", testing::Meta::Text("another".to_owned()));
+    renamed.set("general.name", Meta::Text("another".to_owned()));
     renamed.tensors.reverse();
     assert_eq!(digest(&renamed), digest(&file));
     let mut changed = file.clone();

@@ -198,6 +198,14 @@ fn gguf_descriptions() {
             "`llama.rope.dimension_count` is 34; expected an even number from 2 to the head's 32",
         ),
         (
+            |f| {
+                f.set("llama.attention.sliding_window", Meta::U32(8));
+                f.set("llama.attention.sliding_window_pattern", Meta::I32s(vec![1]));
+            },
+            "`llama.attention.sliding_window_pattern` is an array of 1; expected a whole number, \
+             or true or false for each of 2 layers",
+        ),
+        (
             |f| f.set("llama.rope.scaling.type", Meta::Text("longrope".to_owned())),
             "`llama.rope.scaling.type` is \"longrope\"; expected none, linear or yarn",
         ),
