@@ -237,28 +237,32 @@ pub fn default_data() -> PathBuf {
 fn node_secret(dir: &Path) -> anyhow::Result<[u8; 32]> {
     std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
     let path = dir.join("secret");
-    let secret = random_secret()?;
-    let made = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
-    match made {
-        Ok(mut file) => {
-            file.write_all(&secret)
-                .and_then(|()| file.sync_all())
-                .with_context(|| format!("cannot write {}", path.display()))?;
-            Ok(secret)
+    if !path.exists() {
+        // Whole under its name or not at all, also on a disk that is full. A link never replaces a file.
+        let unfinished = dir.join(format!("secret.{}.new", std::process::id()));
+        let written = write_secret(&unfinished, &random_secret()?);
+        let made = written.and_then(|()| std::fs::hard_link(&unfinished, &path));
+        let _ = std::fs::remove_file(&unfinished);
+        match made {
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+            made => made.with_context(|| format!("cannot make {}", path.display()))?,
         }
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
-            let bytes =
-                std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-            bytes.try_into().map_err(|bytes: Vec<u8>| {
-                anyhow::anyhow!(
-                    "{} has {} bytes instead of 32: it is damaged; remove it to make a new one",
-                    path.display(),
-                    bytes.len()
-                )
-            })
-        }
-        Err(error) => Err(error).with_context(|| format!("cannot make {}", path.display())),
     }
+    let bytes = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    bytes.try_into().map_err(|bytes: Vec<u8>| {
+        anyhow::anyhow!(
+            "{} has {} bytes instead of 32: it is damaged; remove it to make a new one",
+            path.display(),
+            bytes.len()
+        )
+    })
+}
+
+fn write_secret(path: &Path, secret: &[u8; 32]) -> std::io::Result<()> {
+    let mut options = std::fs::OpenOptions::new();
+    let mut file = options.write(true).create_new(true).mode(0o600).open(path)?;
+    file.write_all(secret)?;
+    file.sync_all()
 }
 
 fn random_secret() -> anyhow::Result<[u8; 32]> {

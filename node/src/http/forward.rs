@@ -4,7 +4,7 @@
 //! The router chooses; this module asks the chosen node and passes its answer on. Until the first bytes
 //! of an answer are here, a node that fails costs only time: the next one is asked. After that the
 //! stream ends with an error event that names the node. Every wait ends: with an answer, with the
-//! request's deadline, or as soon as membership suspects the node or its path breaks.
+//! request's deadline, or soon after membership suspects the node, or when its path breaks.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -102,6 +102,7 @@ impl Forwarding {
                 model: &self.model,
                 prompt_tokens: (self.bytes.len() / BYTES_PER_TOKEN) as u64,
                 excluded: &excluded,
+                suspected: &[],
             };
             let node = match self.roster.choose(&ask) {
                 Ok(choice) => choice.node,

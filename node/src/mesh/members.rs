@@ -5,7 +5,7 @@
 //! leave by the data plane, what must be durable is written before anything after it is sent. It never
 //! waits for a peer: who is not connected is dialled by a task, and the datagram goes when that is done.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -55,8 +55,17 @@ pub struct MemberLine {
 /// The way to the thread. Dropping it ends the thread without a farewell.
 pub(crate) struct Members {
     inbox: SyncSender<Command>,
-    /// Members that are suspected or gone: nothing is to be awaited from them.
-    absent: watch::Receiver<BTreeSet<NodeId>>,
+    /// Members that are not well.
+    absent: watch::Receiver<BTreeMap<NodeId, Absence>>,
+}
+
+/// What is wrong with a member.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Absence {
+    /// It may refute that.
+    Suspected,
+    /// Dead, or left.
+    Gone,
 }
 
 enum Command {
@@ -81,7 +90,7 @@ impl Members {
         let config = MembershipConfig::default();
         let machine = Machinery::new(config, mesh.node(), contact, incarnation, 0, seed)?;
         let (inbox, commands) = sync_channel(INBOX_MAX);
-        let (absent_sender, absent) = watch::channel(BTreeSet::new());
+        let (absent_sender, absent) = watch::channel(BTreeMap::new());
         let (dials, wanted) = mpsc::channel(DIALS_MAX);
         tokio::spawn(dial_all(mesh.clone(), wanted));
         let shell = Shell { machine, mesh, file, dials, absent: absent_sender, leaving: None };
@@ -110,13 +119,35 @@ impl Members {
         answered.ok().and_then(Result::ok).unwrap_or_default()
     }
 
-    /// Returns when the node is suspected or gone.
+    /// Returns when the node is gone, or has been suspected for [`SILENCE_MAX`] without a break: on a
+    /// bad network healthy nodes are suspected for a moment now and then.
     pub async fn lost(&self, node: NodeId) {
         let mut absent = self.absent.clone();
-        // An error means that the thread is gone with the node itself.
-        if absent.wait_for(|absent| absent.contains(&node)).await.is_err() {
-            std::future::pending::<()>().await;
+        loop {
+            let state = absent.borrow_and_update().get(&node).copied();
+            let changed = absent.wait_for(|absent| absent.get(&node).copied() != state);
+            // An error of the wait means that the thread is gone with the node itself.
+            let is_open = match state {
+                Some(Absence::Gone) => return,
+                Some(Absence::Suspected) => {
+                    match tokio::time::timeout(SILENCE_MAX, changed).await {
+                        Ok(changed) => changed.is_ok(),
+                        Err(_) => return,
+                    }
+                }
+                None => changed.await.is_ok(),
+            };
+            if !is_open {
+                std::future::pending::<()>().await;
+            }
         }
+    }
+
+    /// Members that are suspected at this moment.
+    pub fn suspected(&self) -> Vec<NodeId> {
+        let absent = self.absent.borrow();
+        let suspected = absent.iter().filter(|(_, absence)| **absence == Absence::Suspected);
+        suspected.map(|(node, _)| *node).collect()
     }
 
     /// Says farewell and waits until it is said, at most [`LEAVE_TIMEOUT`].
@@ -132,7 +163,7 @@ struct Shell {
     mesh: Mesh,
     file: IncarnationFile,
     dials: mpsc::Sender<Dial>,
-    absent: watch::Sender<BTreeSet<NodeId>>,
+    absent: watch::Sender<BTreeMap<NodeId, Absence>>,
     leaving: Option<oneshot::Sender<()>>,
 }
 
@@ -215,25 +246,25 @@ impl Shell {
 
     fn event(&self, event: &MembershipEvent<NodeId, Addresses>) {
         use MembershipEvent as E;
-        let (node, is_absent) = match event {
+        let (node, absence) = match event {
             E::Joined { id, .. } | E::Returned { id, .. } => {
                 tracing::info!(node = %id.short(), "a node is here");
-                (*id, false)
+                (*id, None)
             }
-            E::Refuted { id, .. } => (*id, false),
+            E::Refuted { id, .. } => (*id, None),
             E::Suspected { id, .. } => {
-                tracing::info!(node = %id.short(), "a node is suspected: nothing is sent to it");
-                (*id, true)
+                tracing::info!(node = %id.short(), "a node is suspected: others are asked first");
+                (*id, Some(Absence::Suspected))
             }
             E::Died { id, .. } => {
                 tracing::warn!(node = %id.short(), "a node is dead");
-                (*id, true)
+                (*id, Some(Absence::Gone))
             }
             E::Left { id, .. } => {
                 tracing::info!(node = %id.short(), "a node has left");
-                (*id, true)
+                (*id, Some(Absence::Gone))
             }
-            E::Forgotten { id } => (*id, false),
+            E::Forgotten { id } => (*id, None),
             E::Stalled { late } => {
                 tracing::warn!(
                     late_ms = late.as_millis() as u64,
@@ -243,9 +274,9 @@ impl Shell {
             }
             E::Changed { .. } | E::SelfRefuted { .. } => return,
         };
-        self.absent.send_if_modified(|absent| match is_absent {
-            true => absent.insert(node),
-            false => absent.remove(&node),
+        self.absent.send_if_modified(|absent| match absence {
+            Some(absence) => absent.insert(node, absence) != Some(absence),
+            None => absent.remove(&node).is_some(),
         });
     }
 
@@ -322,11 +353,16 @@ impl IncarnationFile {
 const INBOX_MAX: usize = 4096;
 /// Dials that wait or are under way; what is for others is dropped.
 const DIALS_MAX: usize = 256;
-const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time for one address. Too small: the handshake fails where packets are lost. Too large: a node's other
+/// addresses wait.
+const DIAL_TIMEOUT: Duration = Duration::from_secs(12);
 const VIEW_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time to say farewell.
 pub(crate) const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
 const WAIT_MAX: Duration = Duration::from_secs(60);
+/// Suspicion after which nothing more is awaited from a node. Too small: streams of healthy nodes break
+/// on a network that loses packets. Too large: clients wait for nodes that hang.
+const SILENCE_MAX: std::time::Duration = std::time::Duration::from_millis(750);
 
 #[cfg(test)]
 mod tests {

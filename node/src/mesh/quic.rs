@@ -239,6 +239,7 @@ fn transport(limits: &MeshLimits) -> TransportConfig {
         .send_window(u64::from(CONNECTION_WINDOW_BYTES))
         .datagram_receive_buffer_size(Some(DATAGRAM_BUFFER_BYTES))
         .datagram_send_buffer_size(DATAGRAM_BUFFER_BYTES)
+        .initial_rtt(INITIAL_RTT)
         .max_idle_timeout(Some(idle))
         .keep_alive_interval(Some(limits.idle_timeout / 3));
     transport
@@ -249,4 +250,8 @@ const STREAM_WINDOW_BYTES: u32 = 2 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
 /// A few hundred datagrams.
 const DATAGRAM_BUFFER_BYTES: usize = 256 << 10;
+/// Round trip that is assumed before one is measured. Three of it pass before the first packet is sent
+/// again, then twice that, and so on. RFC 9002 has 333 ms, with which a few lost packets end a handshake.
+/// Too small: packets are sent twice on long paths. Too large: lossy paths fail.
+const INITIAL_RTT: Duration = Duration::from_millis(100);
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);

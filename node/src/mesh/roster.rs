@@ -208,9 +208,10 @@ impl Roster {
         let Some(started) = self.started.get() else { return Err(NoReplica::UnknownModel) };
         let own = loads(&self.own_record(started));
         let now = self.now();
+        let suspected = started.members.suspected();
         let mut state = self.lock();
         state.router.report(now, started.mesh.node(), own);
-        state.router.choose(now, ask)
+        state.router.choose(now, &Ask { suspected: &suspected, ..*ask })
     }
 
     pub(crate) fn settle(&self, node: NodeId, request: RequestId, outcome: Outcome) {
@@ -242,7 +243,7 @@ impl Roster {
         Err(why)
     }
 
-    /// Returns when the node is suspected or gone, or its path is broken.
+    /// Returns when nothing is to be awaited from the node any more; see [`Members::lost`].
     pub(crate) async fn lost(&self, node: NodeId) {
         match self.started.get() {
             Some(started) => started.members.lost(node).await,

@@ -1,8 +1,10 @@
 //! What a node knows of its mesh, on disk (redb): a crash at any write leaves the state before or after.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
+use std::io::ErrorKind;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use bincode::{Decode, Encode};
 use protocol::NodeId;
@@ -34,7 +36,10 @@ pub enum StoreError {
 /// The open file. One process at a time.
 pub(crate) struct Store {
     path: PathBuf,
-    database: Database,
+    /// What the database has open: it is opened anew from this, under the same lock.
+    file: File,
+    /// None after an error of the disk, until it could be opened again.
+    database: Mutex<Option<Database>>,
 }
 
 /// What is stored of the mesh itself.
@@ -55,24 +60,54 @@ struct StoredWire {
 }
 
 impl Store {
-    /// Opens the file, or makes it.
+    /// Opens the file, or makes it: whole under its name or not at all.
     pub fn open(path: &Path) -> Result<Store, StoreError> {
-        let io = |source| StoreError::Io { path: path.to_owned(), source };
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(path)
-            .map_err(io)?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true);
+        match options.open(path) {
+            Ok(file) => Store::of(path, file),
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                let unfinished = path.with_extension("new");
+                let file = options.create(true).mode(0o600).open(&unfinished);
+                Store::make(path, &unfinished, file.map_err(|e| cannot_use(&unfinished, e))?)
+            }
+            Err(error) => Err(cannot_use(path, error)),
+        }
+    }
+
+    /// Makes the database in a file that gets its name when it is one.
+    fn make(path: &Path, unfinished: &Path, file: File) -> Result<Store, StoreError> {
+        if file.try_lock().is_err() {
+            return Err(StoreError::InUse { path: path.to_owned() });
+        }
+        // A start that did not come to its end has left something.
+        file.set_len(0).map_err(|e| cannot_use(unfinished, e))?;
+        let store = Store::of(path, file)?;
+        // A link, unlike a renaming, never replaces a file.
+        let linked = std::fs::hard_link(unfinished, path);
+        let _ = std::fs::remove_file(unfinished);
+        match linked {
+            Ok(()) => Ok(store),
+            // Another node was faster.
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                Err(StoreError::InUse { path: path.to_owned() })
+            }
+            Err(error) => Err(cannot_use(path, error)),
+        }
+    }
+
+    fn of(path: &Path, file: File) -> Result<Store, StoreError> {
         let path = path.to_owned();
-        let database = match Database::builder().create_file(file) {
-            Ok(database) => database,
-            Err(DatabaseError::DatabaseAlreadyOpen) => return Err(StoreError::InUse { path }),
-            Err(error) => return Err(StoreError::Damaged { path, what: error.to_string() }),
-        };
-        Ok(Store { path, database })
+        match open_database(&file) {
+            Ok(database) => Ok(Store { path, file, database: Mutex::new(Some(database)) }),
+            Err(DatabaseError::DatabaseAlreadyOpen) => Err(StoreError::InUse { path }),
+            Err(DatabaseError::Storage(redb::StorageError::Io(error)))
+                if error.kind() == ErrorKind::StorageFull =>
+            {
+                Err(StoreError::Write { path, what: error.to_string() })
+            }
+            Err(error) => Err(StoreError::Damaged { path, what: error.to_string() }),
+        }
     }
 
     /// The mesh, if the node belongs to one.
@@ -105,8 +140,8 @@ impl Store {
 
     /// Every use of a token that is remembered.
     pub fn uses(&self) -> Result<Vec<InviteUse>, StoreError> {
-        let read = || -> Result<Vec<InviteUse>, redb::Error> {
-            let transaction = self.database.begin_read()?;
+        let read = |database: &Database| -> Result<Vec<InviteUse>, redb::Error> {
+            let transaction = database.begin_read()?;
             let table = match transaction.open_table(USES) {
                 Ok(table) => table,
                 Err(redb::TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
@@ -121,7 +156,7 @@ impl Store {
             }
             Ok(uses)
         };
-        read().map_err(|e| self.damaged(&e))
+        self.with(read).map_err(|e| self.damaged(&e))
     }
 
     /// Remembers uses; durable when this returns.
@@ -158,32 +193,69 @@ impl Store {
     }
 
     fn get(&self, key: &str) -> Result<Option<Vec<u8>>, redb::Error> {
-        let transaction = self.database.begin_read()?;
-        let table = match transaction.open_table(STATE) {
-            Ok(table) => table,
-            Err(redb::TableError::TableDoesNotExist(_)) => return Ok(None),
-            Err(error) => return Err(error.into()),
-        };
-        Ok(table.get(key)?.map(|value| value.value().to_vec()))
+        self.with(|database| {
+            let transaction = database.begin_read()?;
+            let table = match transaction.open_table(STATE) {
+                Ok(table) => table,
+                Err(redb::TableError::TableDoesNotExist(_)) => return Ok(None),
+                Err(error) => return Err(error.into()),
+            };
+            Ok(table.get(key)?.map(|value| value.value().to_vec()))
+        })
     }
 
     fn write(
         &self,
         change: impl FnOnce(&redb::WriteTransaction) -> Result<(), redb::Error>,
     ) -> Result<(), StoreError> {
-        let written = || -> Result<(), redb::Error> {
-            let transaction = self.database.begin_write()?;
+        let written = self.with(|database| {
+            let transaction = database.begin_write()?;
             change(&transaction)?;
             // Durability::Immediate is the default: on the disk when this returns.
             transaction.commit()?;
             Ok(())
+        });
+        written.map_err(|e| StoreError::Write { path: self.path.clone(), what: e.to_string() })
+    }
+
+    /// Works on the database. After an error of the disk, as when it is full, redb refuses everything
+    /// until the file is opened anew: that is done here, so that the node goes on when the disk does.
+    fn with<T>(
+        &self,
+        work: impl FnOnce(&Database) -> Result<T, redb::Error>,
+    ) -> Result<T, redb::Error> {
+        let mut place = self.database.lock().unwrap_or_else(PoisonError::into_inner);
+        let database = match place.take() {
+            Some(database) => database,
+            None => open_database(&self.file)?,
         };
-        written().map_err(|e| StoreError::Write { path: self.path.clone(), what: e.to_string() })
+        let done = work(&database);
+        match &done {
+            Err(redb::Error::Io(_) | redb::Error::PreviousIo) => {
+                drop(database);
+                *place = open_database(&self.file).ok();
+                if place.is_none() {
+                    // The lock that the database would hold.
+                    let _ = self.file.try_lock();
+                }
+            }
+            _ => *place = Some(database),
+        }
+        done
     }
 
     fn damaged(&self, what: &dyn std::fmt::Display) -> StoreError {
         StoreError::Damaged { path: self.path.clone(), what: what.to_string() }
     }
+}
+
+fn open_database(file: &File) -> Result<Database, DatabaseError> {
+    let file = file.try_clone().map_err(redb::StorageError::from)?;
+    Database::builder().create_file(file)
+}
+
+fn cannot_use(path: &Path, source: std::io::Error) -> StoreError {
+    StoreError::Io { path: path.to_owned(), source }
 }
 
 const STATE: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("state");
@@ -193,3 +265,48 @@ const USES: TableDefinition<'_, ([u8; 32], [u8; 32]), u64> = TableDefinition::ne
 const MESH_KEY: &str = "mesh 1";
 
 const STORED_BYTES_MAX: usize = 1 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn used(n: u8) -> InviteUse {
+        InviteUse { id: InviteId([n; 32]), node: NodeId([n; 32]), expires: UnixTime(u64::MAX) }
+    }
+
+    #[test]
+    fn goes_on_after_an_error_of_the_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("mesh.redb");
+        let store = Store::open(&path).unwrap();
+        store.add_uses(&[used(1)]).unwrap();
+        let full = redb::Error::Io(ErrorKind::StorageFull.into());
+        for error in [full, redb::Error::PreviousIo] {
+            let failed = store.write(|transaction| {
+                transaction.open_table(USES)?.insert(([7; 32], [7; 32]), 7)?;
+                Err(error)
+            });
+            assert!(matches!(failed, Err(StoreError::Write { .. })), "{failed:?}");
+            let uses = store.uses().unwrap();
+            assert!(uses.len() == 1 && uses[0].node == NodeId([1; 32]), "{uses:?}");
+            assert!(matches!(Store::open(&path), Err(StoreError::InUse { .. })));
+        }
+        store.add_uses(&[used(2)]).unwrap();
+        drop(store);
+        assert_eq!(Store::open(&path).unwrap().uses().unwrap().len(), 2);
+    }
+    #[test]
+    fn a_start_that_was_cut_off_leaves_nothing_in_the_way() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("mesh.redb");
+        std::fs::write(dir.path().join("mesh.new"), [0; 4096]).unwrap();
+        let store = Store::open(&path).unwrap();
+        assert!(matches!(Store::open(&path), Err(StoreError::InUse { .. })));
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+        store.add_uses(&[used(1)]).unwrap();
+        drop(store);
+        assert_eq!(Store::open(&path).unwrap().uses().unwrap().len(), 1);
+        std::fs::write(&path, [0; 4096]).unwrap();
+        assert!(matches!(Store::open(&path), Err(StoreError::Damaged { .. })));
+    }
+}

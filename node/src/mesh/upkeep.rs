@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bincode::{Decode, Encode};
-use protocol::identity::join::{Contact, Purpose};
+use protocol::identity::join::{Contact, JoinError, Purpose, Refusal};
 use protocol::identity::{
     AuthorityChain, Certificate, InviteUse, SignedRevocation, SignedSet, Trust,
 };
@@ -174,10 +174,11 @@ impl Connections {
         }
     }
 
-    /// Asks one node after the other for a certificate, and follows where they point.
+    /// Asks one node after the other for a certificate, and follows where they point. What may pass by
+    /// itself, as a lost connection or too many joiners at once, is tried again.
     ///
     /// # Errors
-    /// What each of them said.
+    /// What each of them said the last time.
     pub(super) async fn obtain(
         self: &Arc<Self>,
         purpose: &Purpose,
@@ -185,21 +186,53 @@ impl Connections {
         within: Duration,
     ) -> Result<(), Vec<String>> {
         let deadline = Instant::now() + within;
+        let mut unreachable = 0;
+        loop {
+            let NotObtained { tried, again } =
+                match self.ask_each(purpose, contacts.clone(), deadline).await {
+                    Ok(()) => return Ok(()),
+                    Err(failed) => failed,
+                };
+            let wait = match again {
+                Some(Again::Unreachable) => {
+                    unreachable += 1;
+                    UNREACHABLE_WAIT
+                }
+                Some(Again::After(wait)) => wait.max(UNREACHABLE_WAIT),
+                None => return Err(tried),
+            };
+            if unreachable >= UNREACHABLE_ROUNDS_MAX || Instant::now() + wait >= deadline {
+                return Err(tried);
+            }
+            let why = tried.join("; ");
+            tracing::warn!(why, wait_s = wait.as_secs(), "no certificate yet: asking again");
+            tokio::time::sleep(wait).await;
+        }
+    }
+
+    /// One round of [`Connections::obtain`].
+    async fn ask_each(
+        self: &Arc<Self>,
+        purpose: &Purpose,
+        contacts: Vec<Contact>,
+        deadline: Instant,
+    ) -> Result<(), NotObtained> {
         let mut open: Vec<Contact> = contacts;
         open.reverse();
-        let (mut asked, mut tried) = (Vec::<NodeId>::new(), Vec::new());
+        let (mut asked, mut tried, mut again) = (Vec::<NodeId>::new(), Vec::new(), None);
         while let Some(contact) = open.pop() {
             let wanted = (contact.node.0 != [0; 32]).then_some(contact.node);
             for address in contact.addresses {
                 if Instant::now() >= deadline {
-                    tried.push(format!("no more time after {} s", within.as_secs()));
-                    return Err(tried);
+                    tried.push("no more time".to_owned());
+                    return Err(NotObtained { tried, again: None });
                 }
                 let link = match self.endpoint.dial(address, wanted).await {
                     Ok(link) => link,
                     Err(error) => {
                         MeshCounters::add(&self.counters.dials_failed);
                         tried.push(chain_text(&error));
+                        again = again.max(Some(Again::Unreachable));
                         continue;
                     }
                 };
@@ -224,19 +257,23 @@ impl Connections {
                         }
                         let identity = self.identity.clone();
                         let adopted = blocking(move || identity.adopt(joined)).await;
-                        return adopted.map_err(|e| vec![e.to_string()]);
+                        return adopted
+                            .map_err(|e| NotObtained { tried: vec![chain_text(&e)], again: None });
                     }
                     Ok(Asked::Elsewhere(contacts)) => {
                         tried.push(elsewhere_text(peer, &contacts));
                         let new = contacts.into_iter().filter(|c| !asked.contains(&c.node));
                         open.extend(new.rev());
                     }
-                    Err(error) => tried.push(format!("{address}: {error}")),
+                    Err(error) => {
+                        again = again.max(Again::after(&error));
+                        tried.push(format!("{address}: {error}"));
+                    }
                 }
                 break;
             }
         }
-        Err(tried)
+        Err(NotObtained { tried, again })
     }
 
     /// Dials known nodes that are not connected, with a growing wait for each.
@@ -285,6 +322,34 @@ impl Connections {
     }
 }
 
+/// Why a round of asking brought no certificate.
+struct NotObtained {
+    /// What each node said.
+    tried: Vec<String>,
+    /// Whether another round may bring one.
+    again: Option<Again>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Again {
+    /// A node could not be reached, or the connection to it broke.
+    Unreachable,
+    /// A node asked to come back after this time.
+    After(Duration),
+}
+
+impl Again {
+    fn after(error: &JoinError) -> Option<Again> {
+        match error {
+            JoinError::Refused(Refusal::Busy { retry_s }) => {
+                Some(Again::After(Duration::from_secs(*retry_s)))
+            }
+            JoinError::Timeout { .. } | JoinError::Closed { .. } => Some(Again::Unreachable),
+            _ => None,
+        }
+    }
+}
+
 /// Up to `count` of them, drawn at random.
 fn some_of(mut nodes: Vec<NodeId>, count: usize) -> Vec<NodeId> {
     let mut drawn = Vec::new();
@@ -314,3 +379,7 @@ const FANOUT: usize = 8;
 const USES_PER_UPDATE_MAX: usize = 4096;
 const UPDATE_BYTES_MAX: usize = 2 << 20;
 const RENEWAL_TIMEOUT: Duration = Duration::from_secs(60);
+/// Rounds in which nodes that cannot be reached are asked for a certificate. Too small: a lost packet too
+/// many fails a join. Too large: a wrong address is found out late, each costs `handshake_timeout`.
+const UNREACHABLE_ROUNDS_MAX: u32 = 2;
+const UNREACHABLE_WAIT: Duration = Duration::from_secs(1);

@@ -80,6 +80,8 @@ pub struct Ask<'a> {
     pub prompt_tokens: u64,
     /// Nodes that failed this request already.
     pub excluded: &'a [NodeId],
+    /// Nodes that membership suspects: asked only if no other can be, since they may well be healthy.
+    pub suspected: &'a [NodeId],
 }
 
 /// How an attempt went.
@@ -229,11 +231,11 @@ impl Router {
     }
 
     /// The replica to ask, which from now on counts the request. One with other weights than those the
-    /// name stands for is asked only where no other can be. Ties are broken by the request's id, so that
-    /// routers which know the same do not all choose the same.
+    /// name stands for is asked only where no other can be, and a suspect only before those. Ties are
+    /// broken by the request's id, so that routers which know the same do not all choose the same.
     pub fn choose(&mut self, now: Instant, ask: &Ask<'_>) -> Result<Choice, NoReplica> {
         let weights = self.weights(ask.model).map(|(weights, _)| weights);
-        let mut best: Option<(bool, u64, u64, NodeId)> = None;
+        let mut best: Option<((bool, bool), u64, u64, NodeId)> = None;
         let (mut candidates, mut unavailable) = (0, Vec::new());
         for (&id, node) in &self.nodes {
             let Some(load) = node.replicas.get(ask.model) else { continue };
@@ -243,7 +245,8 @@ impl Router {
             }
             candidates += 1;
             let cost = self.cost_us(id, node, load, ask);
-            let key = (Some(load.weights) != weights, cost, tie(ask.request, id), id);
+            let last_resort = (Some(load.weights) != weights, ask.suspected.contains(&id));
+            let key = (last_resort, cost, tie(ask.request, id), id);
             if best.is_none_or(|best| key < best) {
                 best = Some(key);
             }

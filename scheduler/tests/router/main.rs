@@ -18,7 +18,8 @@ fn load(running: u32, prompt_tokens: u64, prefill_rate: u32) -> ReplicaLoad {
 }
 
 fn ask(request: u128) -> Ask<'static> {
-    Ask { request: RequestId(request), model: "m", prompt_tokens: 100, excluded: &[] }
+    let (request, excluded, suspected) = (RequestId(request), &[][..], &[][..]);
+    Ask { request, model: "m", prompt_tokens: 100, excluded, suspected }
 }
 
 fn router(loads: &[(u8, ReplicaLoad)]) -> Router {
@@ -54,7 +55,7 @@ fn the_least_loaded_is_chosen() {
 fn a_name_stands_for_one_set_of_weights() {
     let of = |weights, running| ReplicaLoad { weights, ..load(running, 0, 1000) };
     let choose = |loads: &[(u8, ReplicaLoad)], excluded: &[NodeId]| {
-        let ask = Ask { request: RequestId(1), model: "m", prompt_tokens: 100, excluded };
+        let ask = Ask { excluded, ..ask(1) };
         router(loads).choose(at(10), &ask).unwrap().node
     };
     let loads = [(1, of(1, 0)), (2, of(2, 5)), (3, of(2, 6))];
@@ -63,6 +64,12 @@ fn a_name_stands_for_one_set_of_weights() {
     assert_eq!(choose(&loads, &[node(2), node(3)]), node(1), "others before none");
     let with_own = [(0, of(1, 50)), (1, of(1, 0)), (2, of(2, 0)), (3, of(2, 0))];
     assert_eq!(choose(&with_own, &[]), node(1), "this node's");
+    let suspicious = Ask { suspected: &[node(2), node(3)], ..ask(1) };
+    assert_eq!(
+        router(&loads).choose(at(10), &suspicious).unwrap().node,
+        node(2),
+        "a suspect first"
+    );
     let unready = ReplicaLoad { ready: false, ..of(1, 0) };
     assert_eq!(router(&[(0, unready), (1, of(2, 0))]).weights("m"), Some((2, false)));
     assert_eq!(router(&[]).weights("m"), None);
@@ -82,6 +89,18 @@ fn it_counts() {
     assert_eq!((stats.chosen_own, stats.chosen_peer), (1, 1));
     assert_eq!((stats.failed, stats.unavailable, stats.refused), (1, 1, 0));
     assert_eq!((router.in_flight_elsewhere(), router.breakers_open(at(3))), (0, 0));
+}
+
+#[test]
+fn a_suspect_is_asked_only_if_no_other_can_be() {
+    let mut router = router(&[(1, load(0, 0, 1000)), (2, load(90, 0, 1000))]);
+    let suspected = [node(1)];
+    let suspicious = Ask { suspected: &suspected, ..ask(1) };
+    assert_eq!(router.choose(at(1), &suspicious).unwrap().node, node(2));
+    let excluded = [node(2)];
+    let nobody_else = Ask { excluded: &excluded, ..suspicious };
+    assert_eq!(router.choose(at(1), &nobody_else).unwrap().node, node(1));
+    assert_eq!(router.choose(at(1), &ask(1)).unwrap().node, node(1));
 }
 
 #[test]
