@@ -170,6 +170,8 @@ ASK = ["{tell|Tell} me {a|a short|another|one more|a little|a nice|a good} {stor
        "I want {a story|to hear a story}$about", "I would like {a|to hear a} story$about{.||, please}", "a story$about{, please|}", "story$about", "{please tell|tell} me a story$about",
        "do you know a story$about?", "{let's hear|let us hear} a story$about", "{how about|what about} a story$about?", "read me a story$about", "tell a story$about", "once upon a time$about",
        "{bedtime story|a bedtime story|tell me a bedtime story}$about{.||, please}", "can I {have|get} a story$about?", "I'd love a story$about", "{maybe|now} a story$about?", "write me a story$about", "short story$about{.||, please}", "story time$about{!|}"]
+ASK_HERO = ["make $hero the hero of a {story|tale}", "can $hero be in {a|the|your} story?", "put $hero {in|into} a story{, please|}", "let $hero {have an adventure in a story|appear in a tale}", "$hero: {a|one} story{, please|}",
+            "{tell|write} me something with $hero in it, a story", "$hero should be in {the|your|a} {story|tale}", "{a|one} {story|tale} in which $hero {appears|plays a part|is the hero}", "I like stories, {one|the next one} with $hero please"]
 
 
 @dataclass
@@ -197,7 +199,7 @@ def hero(rng) -> str:
     draw = rng.random()
     if draw < 0.35:
         return rng.choice(CREATURES + list(PEOPLE))
-    return rng.choice(KINDS) if draw < 0.82 else coined(rng)
+    return rng.choice(KINDS) if draw < 0.78 else coined(rng)
 
 
 def asked_hero(rng, kind: str):
@@ -227,7 +229,8 @@ def story(rng, expand) -> Story:
     start = start.replace("$place", place).replace("$told", told)
     end = rng.choice(["That was the story of the $kind.", "And that is the story of $name the $kind."]).replace("$kind", kind)
     text = " ".join(sentence_case(substitute(expand(t), names)) for t in [start, *plot["lines"], end])
-    return Story(expand(rng.choice(ASK)).replace("$about", about), text, expand(rng.choice(SEQUELS)), expand(rng.choice(MORALS)))
+    asks = ASK_HERO if 0.20 <= mode < 0.30 else ASK
+    return Story(expand(rng.choice(asks)).replace("$about", about).replace("$hero", told), text, expand(rng.choice(SEQUELS)), expand(rng.choice(MORALS)))
 
 
 def substitute(text, names):

@@ -289,7 +289,7 @@ def write_gguf(path: str, net: Decoder, tok: Tokenizer):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", default="build", help="folder for checkpoint, tokenizer.json and demo.gguf")
-    p.add_argument("--steps", type=int, default=1000)
+    p.add_argument("--steps", type=int, default=1400)
     p.add_argument("--tokens", type=int, default=4096, help="tokens of one step, padding included")
     p.add_argument("--lr", type=float, default=0.02, help="rate of the matrices; embeddings and norms take a fifth")
     p.add_argument("--save", type=int, default=100, help="steps between checkpoints")
