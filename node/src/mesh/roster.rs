@@ -366,13 +366,15 @@ impl Roster {
             self.heard(with, &theirs);
             Some(())
         };
-        let done = tokio::time::timeout(EXCHANGE_TIMEOUT, call).await.ok().flatten();
+        let answered = tokio::time::timeout(EXCHANGE_TIMEOUT, call).await.ok().flatten();
+        let told = answered.is_some();
         let mut state = self.lock();
-        match done {
-            Some(()) => state.exchanges.done += 1,
-            None => state.exchanges.failed += 1,
+        match told {
+            true => state.exchanges.done += 1,
+            false => state.exchanges.failed += 1,
         }
-        state.records.handle(self.now(), RecordsInput::Done { node: with }, &mut Vec::new());
+        let done = RecordsInput::Done { node: with, told };
+        state.records.handle(self.now(), done, &mut Vec::new());
     }
 
     /// A member's record has come.

@@ -58,7 +58,7 @@ impl Contact for Addresses {
 #[derive(Clone, Debug, PartialEq)]
 pub enum MembershipInput<I, C> {
     /// Begins to probe and to answer; the first input. Seeds are tried until one answers, and one of
-    /// them every half minute from then on, so that meshes that were founded apart find together.
+    /// them every half minute from then on (more rarely in a large mesh), so that meshes that were founded apart find together.
     /// Without seeds this node waits for others.
     Start { seeds: Vec<C> },
     /// Bytes from a peer whose identity the transport has proven.

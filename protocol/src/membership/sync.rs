@@ -72,7 +72,8 @@ impl<I: Identity, C: Contact> Membership<I, C> {
         self.push(to, 0, body, vec![me], out);
     }
 
-    /// Seeds: until one has answered, more and more slowly; then a random one every half minute.
+    /// Seeds: until one has answered, more and more slowly; then a random one every half minute, in a
+    /// large mesh so much more rarely that all of them together do not trouble a seed more.
     pub(super) fn run_seeds(&mut self, now: Instant, out: &mut Out<I, C>) {
         let alone = self.table.present() == 0;
         let (wait, count) = if alone {
@@ -81,7 +82,8 @@ impl<I: Identity, C: Contact> Membership<I, C> {
             (wait, SEEDS_AT_ONCE)
         } else {
             self.timers.seed_backoff = super::SEED_BACKOFF_MIN;
-            (SEED_INTERVAL, 1)
+            let crowd = u32::try_from(self.present() / SEED_CROWD).unwrap_or(u32::MAX).max(1);
+            (SEED_INTERVAL * crowd, 1)
         };
         self.timers.seed = now + wait.mul_f64(0.75 + self.random.unit() / 2.0);
         let first = self.random.below(self.seeds.len());
@@ -231,6 +233,8 @@ const SECOND_NANOS: u64 = 1_000_000_000;
 const SEEDS_AT_ONCE: usize = 3;
 const SEED_BACKOFF_MAX: Duration = Duration::from_secs(5);
 const SEED_INTERVAL: Duration = Duration::from_secs(30);
+/// Members of which one tries a seed each [`SEED_INTERVAL`].
+const SEED_CROWD: usize = 32;
 /// Who knows less than one in this many is a newcomer.
 const NEWCOMER_RATIO: usize = 4;
 const NEWCOMER_DATAGRAMS: usize = 2;

@@ -37,6 +37,9 @@ pub(super) struct Table<I, C> {
     /// Present members; those before `cursor` have had their turn.
     order: Vec<Slot>,
     cursor: usize,
+    /// What [`follower`](Table::follower) found last; None after a change that may have brought a
+    /// nearer one.
+    follower: Option<Slot>,
     departed: Vec<Slot>,
     buckets: [u32; BUCKETS],
     capacity: usize,
@@ -50,10 +53,18 @@ impl<I: Identity, C: Contact> Table<I, C> {
             index: HashMap::with_hasher(Seeded(seed)),
             order: Vec::new(),
             cursor: 0,
+            follower: None,
             departed: Vec::new(),
             buckets: [0; BUCKETS],
             capacity,
         }
+    }
+
+    /// Makes room for that many newcomers and no more.
+    pub fn reserve_exact(&mut self, members: usize) {
+        self.slots.reserve_exact(members);
+        self.order.reserve_exact(members);
+        self.index.reserve(members);
     }
 
     pub fn find(&self, id: &I) -> Option<Slot> {
@@ -112,6 +123,8 @@ impl<I: Identity, C: Contact> Table<I, C> {
         debug_assert!(member.state.is_present());
         let (id, before) = (member.id, (member.incarnation, member.version));
         (member.incarnation, member.version) = (incarnation, version);
+        // A suspect that refutes is back on the ring.
+        self.follower = None;
         self.toggle(&id, before.0, before.1);
         self.toggle(&id, incarnation, version);
     }
@@ -172,6 +185,19 @@ impl<I: Identity, C: Contact> Table<I, C> {
         Some(slot)
     }
 
+    /// The alive member whose digest follows `digest` on the ring of all digests. The ring is walked
+    /// only after something came that may be nearer, or the last answer is alive no more.
+    pub fn follower(&mut self, digest: u64) -> Option<Slot> {
+        let is_alive = |m: &Member<I, C>| m.state == MemberState::Alive;
+        let last = self.follower.filter(|s| self.slots[*s as usize].as_ref().is_some_and(is_alive));
+        if last.is_none() {
+            let distance = |slot: &Slot| self.get(*slot).id.digest().wrapping_sub(digest);
+            let alive = self.order.iter().filter(|slot| is_alive(self.get(**slot)));
+            self.follower = alive.copied().min_by_key(distance);
+        }
+        self.follower
+    }
+
     /// A random present member.
     pub fn any(&self, random: &mut Random) -> Option<Slot> {
         self.order.get(random.below(self.order.len())).copied()
@@ -212,6 +238,7 @@ impl<I: Identity, C: Contact> Table<I, C> {
     }
 
     fn enter_order(&mut self, slot: Slot, random: &mut Random) {
+        self.follower = None;
         self.order.push(slot);
         let last = self.order.len() - 1;
         let place = self.cursor + random.below(last + 1 - self.cursor);

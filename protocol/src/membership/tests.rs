@@ -132,6 +132,41 @@ fn an_unanswered_probe_leads_to_suspicion_then_death() {
 }
 
 #[test]
+fn every_second_probe_goes_to_the_neighbour() {
+    /// Whom the node pings within that time; all answer.
+    fn pinged(bench: &mut Bench, time: Duration) -> Vec<usize> {
+        let (until, mut pings) = (bench.now + time, vec![0; 30]);
+        while bench.now < until {
+            bench.pass(Duration::from_millis(10));
+            for (to, datagram) in bench.sent() {
+                if let Body::Ping { probe } = datagram.body {
+                    pings[usize::from(to)] += 1;
+                    let incarnation = bench.state(to).1;
+                    bench.hear(to, incarnation, Body::Ack { probe }, vec![]);
+                }
+            }
+        }
+        pings
+    }
+    let distance = |n: &u8| id(*n).digest().wrapping_sub(id(0).digest());
+    let mut ring: Vec<u8> = (1..30).collect();
+    ring.sort_by_key(distance);
+    let [nearest, next] = [ring[0], ring[1]].map(usize::from);
+    let mut bench = Bench::new(30);
+    // Two rounds of the list, at two probes a second.
+    let pings = pinged(&mut bench, Duration::from_secs(58));
+    assert!((58..=62).contains(&pings[nearest]), "{pings:?}");
+    let others = pings.iter().enumerate().filter(|(n, _)| *n > 0 && *n != nearest);
+    assert!(others.map(|(_, count)| *count).all(|count| (1..=3).contains(&count)), "{pings:?}");
+    // While it is suspected, the one after it; when it has refuted that, itself again.
+    let accusers = vec![id(ring[9])];
+    bench.news(ring[9], vec![Update::Suspect { id: id(ring[0]), incarnation: 0, accusers }]);
+    assert!(pinged(&mut bench, Duration::from_secs(4))[next] >= 3);
+    bench.hear(ring[0], 1, Body::Gossip, vec![]);
+    assert!(pinged(&mut bench, Duration::from_secs(4))[nearest] >= 3);
+}
+
+#[test]
 fn the_suspect_is_told_first() {
     let mut bench = Bench::new(9);
     bench.news(2, vec![Update::Suspect { id: id(5), incarnation: 0, accusers: vec![id(2)] }]);
