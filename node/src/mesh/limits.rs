@@ -25,7 +25,8 @@ pub struct MeshLimits {
     pub frames_per_second_max: u32,
     /// Time for TLS and for each wait before a peer is admitted.
     pub handshake_timeout: Duration,
-    /// Silence after which a connection is over; a third of it is the interval of keep-alives. Too
+    /// Silence after which a connection is over; two thirds of it is the interval of keep-alives, which
+    /// QUIC repeats when they are lost. Too
     /// small: stalls end connections. Too large: the dead hold places.
     pub idle_timeout: Duration,
     /// Time for the first frame of a stream, and for a peer to take bytes that are sent to it; then the

@@ -236,7 +236,16 @@ impl Shell {
                 let contact = self.machine.contact(&node);
                 (Some(node), contact.map(|c| c.as_slice().to_vec()).unwrap_or_default())
             }
-            Destination::Seed(contact) => (None, contact.as_slice().to_vec()),
+            Destination::Seed(contact) => {
+                let addresses = contact.as_slice();
+                // Another connection to who is connected already would end the oldest one, and with it
+                // the streams on it.
+                let connected = self.mesh.peer_at(addresses);
+                if connected.is_some_and(|node| self.mesh.send_datagram(node, bytes.clone())) {
+                    return;
+                }
+                (None, addresses.to_vec())
+            }
         };
         if !addresses.is_empty() {
             // Full: as lost on the way; the machine tries again.

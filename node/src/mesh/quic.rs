@@ -241,7 +241,7 @@ fn transport(limits: &MeshLimits) -> TransportConfig {
         .datagram_send_buffer_size(DATAGRAM_BUFFER_BYTES)
         .initial_rtt(INITIAL_RTT)
         .max_idle_timeout(Some(idle))
-        .keep_alive_interval(Some(limits.idle_timeout / 3));
+        .keep_alive_interval(Some(limits.idle_timeout * 2 / 3));
     transport
 }
 

@@ -155,6 +155,13 @@ impl Mesh {
         all.iter().map(|c| (c.link.peer(), c.link.address(), c.link.rtt())).collect()
     }
 
+    /// A connected member whose connection leads to one of these addresses.
+    pub fn peer_at(&self, addresses: &[SocketAddr]) -> Option<NodeId> {
+        let mut all = self.connections.all().into_iter();
+        let found = all.find(|c| !c.link.is_closed() && addresses.contains(&c.link.address()))?;
+        Some(found.link.peer())
+    }
+
     /// The newest connection to a member, to measure its path.
     pub fn link(&self, to: NodeId) -> Option<Link> {
         self.connections.to(to).map(|c| c.link.clone())

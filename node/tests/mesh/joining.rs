@@ -21,6 +21,9 @@ async fn two_nodes_become_a_mesh() {
     let b = TestNode::start(Some(&token), &clock).await;
     b.connected(&a).await;
     a.connected(&b).await;
+    let (at_a, at_b) = ([a.mesh.address()], [b.mesh.address()]);
+    assert_eq!((b.mesh.peer_at(&at_a), b.mesh.peer_at(&at_b)), (Some(a.id()), None));
+    assert_eq!(a.mesh.peer_at(&at_b), Some(b.id()), "who was dialled knows the address, too");
     assert!(a.reaches(&b).await && b.reaches(&a).await);
     assert_eq!((a.count("certificates_granted"), a.count("joins_refused")), (1, 0));
     let mesh = |n: &TestNode| n.mesh.standing().unwrap().trust.mesh();
