@@ -1,6 +1,9 @@
 //! Nodes that join each other over real QUIC on loopback, and peers that mean harm.
 
+mod between;
 mod cli;
 mod hostile;
 mod joining;
+mod liars;
+mod raw;
 mod support;

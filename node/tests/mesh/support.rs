@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
-use node::mesh::{ECHO, Mesh, MeshError, MeshLimits, MeshOptions, PeerEvent, Service};
+use node::mesh::{Clock, ECHO, Mesh, MeshError, MeshLimits, MeshOptions, PeerEvent, Service};
 use protocol::NodeId;
 use protocol::identity::{Invite, Roles, UnixTime};
 use tempfile::TempDir;
@@ -22,6 +22,12 @@ pub struct TestClock(Arc<AtomicU64>);
 impl TestClock {
     pub fn new() -> Self {
         TestClock(Arc::new(AtomicU64::new(START)))
+    }
+
+    /// As nodes take it.
+    pub fn clock(&self) -> Clock {
+        let now = self.0.clone();
+        Arc::new(move || UnixTime(now.load(Ordering::SeqCst)))
     }
 
     pub fn advance(&self, seconds: u64) {
@@ -73,11 +79,10 @@ pub async fn start_at(
     limits: MeshLimits,
 ) -> Result<(Mesh, Arc<Heard>), MeshError> {
     let heard = Arc::new(Heard::default());
-    let now = clock.0.clone();
     let options = MeshOptions {
         token: token.map(|t| t.parse::<Invite>().unwrap()),
         limits,
-        clock: Arc::new(move || UnixTime(now.load(Ordering::SeqCst))),
+        clock: clock.clock(),
         service: heard.clone(),
         ..MeshOptions::new(data, loopback())
     };
