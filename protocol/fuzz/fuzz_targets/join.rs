@@ -47,15 +47,13 @@ fuzz_target!(|bytes: &[u8]| {
     };
     let mut issuer = Issuer::new(start, place, (key(5).id(), binding));
     let purpose = Purpose::Invite(invite);
-    let (mut joiner, _) =
-        Joiner::new(start, purpose, key(5), (key(1).id(), binding), [2; 32]);
+    let (mut joiner, _) = Joiner::new(start, purpose, key(5), (key(1).id(), binding), [2; 32]);
     let (mut greeting, _) = Greeting::new(start, trust, certificate, key(5).id());
     for frame in frames(bytes) {
         let mut out = Vec::new();
         issuer.handle(start, IssuerInput::Frame { frame: frame.clone(), wall: NOW }, &mut out);
-        let let_in = |o: &IssuerOutput| {
-            matches!(o, IssuerOutput::Granted(_) | IssuerOutput::Redeem(_))
-        };
+        let let_in =
+            |o: &IssuerOutput| matches!(o, IssuerOutput::Granted(_) | IssuerOutput::Redeem(_));
         assert!(!out.iter().any(let_in));
         let mut out = Vec::new();
         joiner.handle(start, JoinerInput::Frame { frame: frame.clone(), wall: NOW }, &mut out);
