@@ -2,14 +2,14 @@
 
 use protocol::membership::wire::{Body, Datagram, INCARNATION_MAX, Update, VERSION};
 use protocol::random::Random;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::actor::{Actor, NodeIndex};
 use crate::vine::{SimContact, SimId};
 use crate::world::{SECOND, World};
 
 /// One thing that happens to the world.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Fault {
     /// Starts nodes that were not there yet, or had left.
@@ -70,7 +70,7 @@ pub enum Fault {
 }
 
 /// Node numbers, as single ones and as ranges: `[3, "10..20"]`.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
 #[serde(try_from = "Vec<NodesItem>")]
 pub struct Nodes(pub Vec<NodeIndex>);
 
@@ -105,7 +105,7 @@ impl TryFrom<Vec<NodesItem>> for Nodes {
 }
 
 /// What became of the disk while the node was down.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DiskFate {
     Kept,
@@ -115,7 +115,7 @@ pub enum DiskFate {
 }
 
 /// What a member may claim of another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Lie {
     Dead,

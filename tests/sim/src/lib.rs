@@ -13,6 +13,7 @@ pub mod measure;
 pub mod net;
 pub mod oracle;
 pub mod queue;
+pub mod quic;
 pub mod scenario;
 pub mod vine;
 pub mod world;

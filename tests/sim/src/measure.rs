@@ -9,6 +9,7 @@ use crate::actor::{Actor, NodeIndex, Sight};
 use crate::foca::{Baseline, tightened};
 use crate::net::Links;
 use crate::oracle::{Oracle, converged};
+use crate::quic::QuicCosts;
 use crate::vine::Vine;
 use crate::world::{SECOND, World};
 
@@ -97,14 +98,24 @@ impl Times {
     }
 }
 
+/// Hears how much of a measurement is done, from 0 to 1.
+pub type Progress<'a> = &'a mut dyn FnMut(f64);
+
 /// Crashes `crashes` nodes, one each `gap_s`, and takes the time until the last survivor knew.
-pub fn detection<S: System>(system: &S, seed: u64, nodes: usize, crashes: usize) -> Times {
+pub fn detection<S: System>(
+    system: &S,
+    seed: u64,
+    nodes: usize,
+    crashes: usize,
+    progress: Progress<'_>,
+) -> Times {
     const WARM_UP_S: u64 = 5;
     const GAP_S: u64 = 9;
     let mut world = system.acquainted(seed, nodes, Links::default());
     world.run_until(WARM_UP_S * SECOND);
     let mut times = Times::default();
-    for _ in 0..crashes {
+    for crash in 0..crashes {
+        progress(crash as f64 / crashes as f64);
         let up: Vec<_> = world.up().collect();
         let victim = up[world.random.below(up.len())];
         // Not in step with anyone's timers.
@@ -136,7 +147,9 @@ pub struct Bandwidth {
     /// Of the node that sent most.
     pub most: f64,
     pub datagrams_per_s: f64,
-    pub events: u64,
+    /// As `mean` and `most`, with what QUIC adds ([`crate::quic`]).
+    pub quic_mean: f64,
+    pub quic_most: f64,
 }
 
 /// Nodes at rest for `seconds`.
@@ -154,14 +167,18 @@ pub fn bandwidth<S: System>(
     for node in &mut world.nodes {
         (node.bytes_out, node.datagrams_out) = (0, 0);
     }
+    world.quic = Some(QuicCosts::new(nodes));
     world.run_until((WARM_UP_S + seconds) * SECOND);
+    let quic = world.quic.take().expect("it was put there").end(world.now);
+    let with_quic = world.nodes.iter().zip(&quic).map(|(node, added)| node.bytes_out + added);
     let per_s = |sum: u64| sum as f64 / seconds as f64;
     let bytes = world.nodes.iter().map(|n| n.bytes_out);
     Bandwidth {
         mean: per_s(bytes.clone().sum()) / nodes as f64,
         most: per_s(bytes.max().unwrap_or(0)),
         datagrams_per_s: per_s(world.nodes.iter().map(|n| n.datagrams_out).sum()) / nodes as f64,
-        events: world.events,
+        quic_mean: per_s(with_quic.clone().sum()) / nodes as f64,
+        quic_most: per_s(with_quic.max().unwrap_or(0)),
     }
 }
 
@@ -218,6 +235,7 @@ pub fn lossy(
     nodes: usize,
     loss: f64,
     probes: u64,
+    progress: Progress<'_>,
 ) -> Evictions {
     let links = Links { loss, ..Links::default() };
     let mut world = Ours(config.clone()).acquainted(seed, nodes, links);
@@ -229,6 +247,7 @@ pub fn lossy(
         world.seen.clear();
         let actors = world.nodes.iter().filter_map(|n| n.actor.as_ref());
         made = actors.map(|vine| vine.machine.stats().probes).sum();
+        progress(made as f64 / probes as f64);
     }
     Evictions {
         healthy: oracle.healthy_evicted.len() + oracle.others_evicted.len(),
@@ -240,7 +259,13 @@ pub fn lossy(
 
 /// `nodes` nodes start at once and know one seed. Seconds until every view is complete, and the bytes
 /// sent by the node that sent most.
-pub fn join<S: System>(system: &S, seed: u64, nodes: usize, within_s: u64) -> (Option<f64>, u64) {
+pub fn join<S: System>(
+    system: &S,
+    seed: u64,
+    nodes: usize,
+    within_s: u64,
+    progress: Progress<'_>,
+) -> (Option<f64>, u64) {
     let mut world = system.world(seed, nodes, Links::default());
     for node in 0..nodes as NodeIndex {
         world.start(node, vec![0]);
@@ -249,6 +274,7 @@ pub fn join<S: System>(system: &S, seed: u64, nodes: usize, within_s: u64) -> (O
     while world.now < within_s * SECOND && done.is_none() {
         world.run_until(world.now + SECOND / 4);
         world.seen.clear();
+        progress(world.now as f64 / (within_s * SECOND) as f64);
         if converged(&world).is_ok() {
             done = Some(world.now as f64 / SECOND as f64);
         }

@@ -4,12 +4,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::random::Random;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::actor::NodeIndex;
 
 /// How all links behave.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Links {
     /// Least one-way delay.

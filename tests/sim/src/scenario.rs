@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, ensure};
 use protocol::membership::MembershipConfig;
 use protocol::random::Random;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::actor::{NodeIndex, Sight};
 use crate::fault::{DiskFate, Fault, Nodes, apply, invent};
@@ -15,7 +15,7 @@ use crate::vine::Vine;
 use crate::world::{SECOND, Seen, World};
 
 /// A scenario file (TOML).
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Scenario {
     /// What it shows, in one sentence.
@@ -41,7 +41,7 @@ pub struct Scenario {
 }
 
 /// A fault and its time.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 pub struct Planned {
     pub at_s: f64,
     #[serde(flatten)]
@@ -49,7 +49,7 @@ pub struct Planned {
 }
 
 /// What must come of a scenario, beside what must always hold.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Expect {
     /// Running nodes hold exactly the running ones for present: from then on, until the end.
@@ -76,6 +76,12 @@ impl Scenario {
         let known = |nodes: &Nodes| nodes.0.iter().all(|n| (*n as usize) < scenario.nodes);
         ensure!(scenario.start.iter().all(known), "start names nodes that do not exist");
         Ok(scenario)
+    }
+
+    /// The scenario as a file, every fault spelled out: a seed of mixed faults stays what it was when
+    /// the faults that seeds invent change.
+    pub fn to_text(&self) -> anyhow::Result<String> {
+        toml::to_string(self).context("cannot be written as TOML")
     }
 
     /// Runs it with our membership and judges it.

@@ -10,6 +10,7 @@ use crate::clock::Clock;
 use crate::disk::{Disk, SimDisk};
 use crate::net::{Links, Network};
 use crate::queue::{Event, Queue};
+use crate::quic::QuicCosts;
 
 /// What an actor is made of at each of its starts.
 #[derive(Clone, Copy, Debug)]
@@ -71,6 +72,8 @@ pub struct World<A> {
     pub seen: Vec<Seen>,
     /// Everything that happened, byte by byte, if it is kept.
     pub transcript: Option<Vec<u8>>,
+    /// What QUIC would add to the datagrams, if that is counted.
+    pub quic: Option<QuicCosts>,
     pub events: u64,
     pub packets_in_flight: usize,
 }
@@ -111,6 +114,7 @@ impl<A: Actor> World<A> {
             effects: Vec::new(),
             seen: Vec::new(),
             transcript: None,
+            quic: None,
             events: 0,
             packets_in_flight: 0,
         }
@@ -221,6 +225,9 @@ impl<A: Actor> World<A> {
         let (from, to, bytes) = self.packets[packet as usize].take().expect("scheduled once");
         self.packets_free.push(packet);
         self.packets_in_flight -= 1;
+        if let Some(quic) = &mut self.quic {
+            quic.received(self.now, from, to);
+        }
         let host = &mut self.nodes[to as usize];
         if host.actor.is_none() {
             return;
@@ -296,6 +303,9 @@ impl<A: Actor> World<A> {
         let host = &mut self.nodes[from as usize];
         host.datagrams_out += 1;
         host.bytes_out += bytes.len() as u64 + HEADERS_BYTES;
+        if let Some(quic) = &mut self.quic {
+            quic.sent(self.now, from, to, bytes.len());
+        }
         let [first, second] = self.net.send(self.now, from, to, &mut self.random);
         if let Some(delay) = second {
             self.put_on_wire(delay, from, to, bytes.clone());

@@ -40,6 +40,8 @@ enum Command {
     },
     /// Runs one seed of mixed faults and prints its faults and what every node saw.
     Replay { seed: u64 },
+    /// Prints a seed of mixed faults as a scenario file, to be kept.
+    Export { seed: u64 },
 }
 
 fn main() -> anyhow::Result<()> {
@@ -76,6 +78,10 @@ fn main() -> anyhow::Result<()> {
                 0 => Ok(()),
                 _ => bail!("{failed} seeds failed"),
             }
+        }
+        Command::Export { seed } => {
+            print!("{}", Scenario::mixed(seed).to_text()?);
+            Ok(())
         }
         Command::Replay { seed } => {
             let scenario = Scenario::mixed(seed);
