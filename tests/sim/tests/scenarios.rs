@@ -41,7 +41,7 @@ fn the_same_seed_gives_the_same_bytes() {
     };
     for scenario in files().iter().map(|f| short(scenario(f))).filter(|s| s.nodes <= 60) {
         let first = bytes(&scenario);
-        assert!(first.len() > 10_000, "{}: {} bytes", scenario.about, first.len());
+        assert!(first.len() > 5_000, "{}: {} bytes", scenario.about, first.len());
         assert!(first == bytes(&scenario), "{}: two runs differ", scenario.about);
     }
     for seed in [3, 4] {
