@@ -6,10 +6,10 @@
 //! call, their order and the number of threads, so that batching can never change an answer.
 //!
 //! The tests run under Miri too, which has no vector instructions, so on the scalar kernels and the
-//! thread pool, with small shapes:
+//! thread pool, with small shapes. Some expect panics, and Miri needs long to write a backtrace:
 //!
 //! ```sh
-//! MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test -p grapevine-kernels
+//! RUST_BACKTRACE=0 MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test -p grapevine-kernels
 //! ```
 
 mod arch;

@@ -71,12 +71,11 @@ impl MappedFile {
     }
 }
 
-#[cfg(test)]
+// Miri maps no files.
+#[cfg(all(test, not(miri)))]
 mod tests {
     use super::*;
 
-    // Miri maps no files.
-    #[cfg(not(miri))]
     #[test]
     fn sees_what_was_written() {
         let dir = std::env::temp_dir().join(format!("grapevine-map-{}", std::process::id()));

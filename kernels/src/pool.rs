@@ -385,8 +385,8 @@ thread_local! {
 pub const THREADS_MAX: usize = 512;
 
 /// Looks at the gate before the first yield: about 20 microseconds, longer than the serial work
-/// between two regions of a layer.
-const SPINS: u32 = 600;
+/// between two regions of a layer. Under Miri, where each look takes as long as a thousand, a few.
+const SPINS: u32 = if cfg!(miri) { 4 } else { 600 };
 /// Yielding time before a thread parks. Longer than the gaps inside a step, far shorter than the time
 /// between two steps of a node that has little to do.
 const YIELD_FOR: Duration = Duration::from_micros(100);
