@@ -6,12 +6,15 @@
 
 use std::io::BufRead;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use clap::Parser;
 use node::mesh::overlay::{Member, Overlay, OverlayConfig, OverlayEvent, Reachability};
+use node::mesh::{Endpoint, MeshCounters, MeshLimits};
 use node::metrics::Metrics;
 use protocol::MeshId;
+use protocol::identity::NodeKey;
 
 #[derive(Parser)]
 struct Arguments {
@@ -51,7 +54,7 @@ async fn main() -> anyhow::Result<()> {
         .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
         .with_writer(std::io::stderr)
         .init();
-    let mut config = OverlayConfig::new(MeshId([1; 32]), arguments.listen);
+    let mut config = OverlayConfig::new(MeshId([1; 32]));
     config.mdns = arguments.mdns;
     config.reachability = match arguments.reachability.as_str() {
         "probe" => Reachability::Probe,
@@ -60,12 +63,17 @@ async fn main() -> anyhow::Result<()> {
         other => bail!("--reachability {other}: probe, public or private"),
     };
     config.members = arguments.members.iter().map(|m| member(m)).collect::<Result<_, _>>()?;
-    let metrics = Metrics::new()?;
-    let (handle, mut events) = Overlay::start(config, [arguments.seed; 32], metrics.overlay())?;
+    let key = NodeKey::from_secret([arguments.seed; 32]);
     if arguments.id {
-        println!("{}", handle.node());
+        println!("{}", key.id());
         return Ok(());
     }
+    let metrics = Metrics::new()?;
+    let limits = Arc::new(MeshLimits::default());
+    let counters = Arc::<MeshCounters>::default();
+    let endpoint = Endpoint::bind(&key, arguments.listen, limits, counters)?;
+    tokio::spawn(endpoint.clone().serve_overlay());
+    let (handle, mut events) = Overlay::start(config, &endpoint, metrics.overlay())?;
     let (lines, mut input) = tokio::sync::mpsc::channel(16);
     std::thread::spawn(move || {
         for line in std::io::stdin().lock().lines().map_while(Result::ok) {
@@ -101,7 +109,7 @@ fn print(event: &OverlayEvent) {
             let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
             println!("discovered {node} {how:?} {}", addresses.join(","));
         }
-        OverlayEvent::Connected { node, path } => println!("connected {node} {path:?}"),
+        OverlayEvent::Connected { node, path, .. } => println!("connected {node} {path:?}"),
         OverlayEvent::Disconnected { node } => println!("disconnected {node}"),
         OverlayEvent::Hears { node } => println!("hears {node}"),
         OverlayEvent::Observed { address, by } => println!("observed {address} {by}"),

@@ -2,14 +2,18 @@
 
 use std::net::{SocketAddr, UdpSocket};
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use node::mesh::overlay::{
     Address, CutOff, Discovery, KEY_LOG, Limits, Member, Overlay, OverlayConfig, OverlayEvent,
-    OverlayHandle, OverlayStatus, Path, PublishError, Reachability, StartError, clear_key_log,
+    OverlayHandle, OverlayStatus, Path, PeerPath, PublishError, Reachability, StartError,
+    clear_key_log,
 };
+use node::mesh::{Endpoint, LinkError, MeshCounters, MeshLimits};
 use node::metrics::Metrics;
+use protocol::identity::NodeKey;
 use protocol::{MeshId, NodeId};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
@@ -21,6 +25,7 @@ const OTHER_MESH: MeshId = MeshId([2; 32]);
 const DEADLINE: Duration = Duration::from_secs(60);
 
 struct Node {
+    endpoint: Endpoint,
     handle: OverlayHandle,
     events: mpsc::Receiver<OverlayEvent>,
     metrics: Metrics,
@@ -29,15 +34,34 @@ struct Node {
 }
 
 fn config(mesh: MeshId) -> OverlayConfig {
-    OverlayConfig::new(mesh, "127.0.0.1:0".parse().unwrap())
+    OverlayConfig::new(mesh)
+}
+
+/// The endpoint of a node whose secret key is this byte, 32 times.
+fn bind(seed: u8, at: SocketAddr) -> Result<Endpoint, LinkError> {
+    let limits = MeshLimits { handshake_timeout: Duration::from_secs(2), ..MeshLimits::default() };
+    let counters = Arc::<MeshCounters>::default();
+    Endpoint::bind(&NodeKey::from_secret([seed; 32]), at, Arc::new(limits), counters)
+}
+
+/// As [`bind`], at a free port of loopback.
+fn endpoint(seed: u8) -> Endpoint {
+    bind(seed, "127.0.0.1:0".parse().unwrap()).unwrap()
+}
+
+/// Whether a node is connected directly.
+fn is_direct(status: &OverlayStatus, node: NodeId) -> bool {
+    status.peers.iter().any(|peer| peer.node == node && peer.path == Path::Direct)
 }
 
 impl Node {
     async fn start(seed: u8, config: OverlayConfig) -> Node {
         let metrics = Metrics::new().unwrap();
-        let (handle, events) = Overlay::start(config, [seed; 32], metrics.overlay()).unwrap();
+        let endpoint = endpoint(seed);
+        tokio::spawn(endpoint.clone().serve_overlay());
+        let (handle, events) = Overlay::start(config, &endpoint, metrics.overlay()).unwrap();
         let at = "0.0.0.0:0".parse().unwrap();
-        let mut node = Node { handle, events, metrics, at, seen: Vec::new() };
+        let mut node = Node { endpoint, handle, events, metrics, at, seen: Vec::new() };
         node.at = node
             .until("listens", |event| match event {
                 OverlayEvent::Listening { address } => Some(*address),
@@ -151,7 +175,7 @@ async fn nodes_find_each_other_through_one_seed() {
     seed.until_message(a.id(), b"hello").await;
     let status = a.handle.status();
     assert_eq!(status.members, 2);
-    assert!(status.peers.contains(&(b.id(), Path::Direct)), "{status:?}");
+    assert!(is_direct(&status, b.id()), "{status:?}");
 }
 
 #[tokio::test]
@@ -184,10 +208,11 @@ async fn a_stranger_is_refused() {
     stranger.handle.set_members(vec![a.member()]);
     // Its own side of the handshake ends first; then it is shown the door.
     stranger.until_event(OverlayEvent::Disconnected { node: a.id() }).await;
-    a.until_metric(r#"vine_overlay_refused_total{reason="stranger"} 1"#).await;
+    a.until_metric(r#"grapevine_overlay_refused_total{reason="stranger"} 1"#).await;
     let strangers = |event: &OverlayEvent| matches!(event, OverlayEvent::Connected { node, .. } if *node == stranger.id());
     assert!(!a.seen.iter().any(strangers));
-    assert_eq!(a.handle.status().peers, vec![(b.id(), Path::Direct)]);
+    let only_b = PeerPath { node: b.id(), path: Path::Direct, at: Some(b.at) };
+    assert_eq!(a.handle.status().peers, [only_b]);
     a.handle.publish(Bytes::from_static(b"on we go")).unwrap();
     b.until_message(a.id(), b"on we go").await;
 }
@@ -214,8 +239,8 @@ async fn another_mesh_is_refused() {
         () = a.until_event(cut_off(id_b)) => &a,
         () = b.until_event(cut_off(id_a)) => &b,
     };
-    quick.until_metric(r#"vine_overlay_cut_off_total{reason="other_mesh"} 1"#).await;
-    quick.until_metric(r#"vine_overlay_peers{path="direct"} 0"#).await;
+    quick.until_metric(r#"grapevine_overlay_cut_off_total{reason="other_mesh"} 1"#).await;
+    quick.until_metric(r#"grapevine_overlay_peers{path="direct"} 0"#).await;
     let heard = |event: &OverlayEvent| matches!(event, OverlayEvent::Hears { .. });
     assert!(!a.seen.iter().chain(&b.seen).any(heard));
 }
@@ -235,7 +260,7 @@ async fn oversized_broadcasts_are_refused() {
     a.until_event(OverlayEvent::CutOff { node: b.id(), why: CutOff::Oversized }).await;
     a.until_event(OverlayEvent::Disconnected { node: b.id() }).await;
     assert!(!a.seen.iter().any(|event| matches!(event, OverlayEvent::Message { .. })));
-    a.until_metric(r#"vine_overlay_cut_off_total{reason="oversized"} 1"#).await;
+    a.until_metric(r#"grapevine_overlay_cut_off_total{reason="oversized"} 1"#).await;
 }
 
 #[tokio::test]
@@ -278,8 +303,10 @@ async fn shutdown_is_clean() {
     timeout(DEADLINE, a.handle.shutdown()).await.unwrap();
     while timeout(DEADLINE, a.events.recv()).await.unwrap().is_some() {}
     b.until_event(OverlayEvent::Disconnected { node: id }).await;
+    a.endpoint.close("stopped").await;
+    drop(a.endpoint);
     let waiting = async {
-        // libp2p's tasks let go of the socket a moment after the swarm has.
+        // The tasks let go of the socket a moment after the endpoint has closed.
         while UdpSocket::bind(at).is_err() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
@@ -291,10 +318,8 @@ async fn shutdown_is_clean() {
 async fn a_taken_port_is_an_error() {
     let taken = UdpSocket::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap();
-    let config = OverlayConfig::new(MESH, address);
-    let started = Overlay::start(config, [1; 32], Metrics::new().unwrap().overlay());
-    match started.map(|_| ()) {
-        Err(StartError::Listen { address: at, .. }) => assert_eq!(at, address),
+    match bind(1, address).map(|_| ()) {
+        Err(LinkError::Listen { address: at, .. }) => assert_eq!(at, address),
         other => panic!("{other:?}"),
     }
 }
@@ -317,11 +342,12 @@ async fn a_relay_connects_and_the_hole_is_punched() {
     a.handle.set_members(vec![relay.member(), b.name()]);
     let by_relay = Member { node: a.id(), addresses: vec![circuit] };
     b.handle.set_members(vec![relay.member(), by_relay]);
-    b.until_event(OverlayEvent::Connected { node: a.id(), path: Path::Relayed }).await;
-    a.until_event(OverlayEvent::Connected { node: b.id(), path: Path::Relayed }).await;
-    relay.until_metric("vine_overlay_circuits 1").await;
+    let relayed = |node| OverlayEvent::Connected { node, path: Path::Relayed, at: None };
+    b.until_event(relayed(a.id())).await;
+    a.until_event(relayed(b.id())).await;
+    relay.until_metric("grapevine_overlay_circuits 1").await;
     let punched = OverlayEvent::HolePunched { node: a.id(), result: Ok(()) };
-    let direct = OverlayEvent::Connected { node: a.id(), path: Path::Direct };
+    let direct = OverlayEvent::Connected { node: a.id(), path: Path::Direct, at: Some(a.at) };
     let mut both = (false, false);
     b.until("a direct path", |event| {
         both.0 |= *event == punched;
@@ -330,10 +356,10 @@ async fn a_relay_connects_and_the_hole_is_punched() {
     })
     .await;
     // The relayed connection has no use any more.
-    relay.until_metric("vine_overlay_circuits 0").await;
-    b.until_metric(r#"vine_overlay_hole_punches_total{outcome="punched"} 1"#).await;
-    let paths = b.handle.status().peers;
-    assert!(paths.contains(&(a.id(), Path::Direct)), "{paths:?}");
+    relay.until_metric("grapevine_overlay_circuits 0").await;
+    b.until_metric(r#"grapevine_overlay_hole_punches_total{outcome="punched"} 1"#).await;
+    let status = b.handle.status();
+    assert!(is_direct(&status, a.id()), "{status:?}");
 }
 
 /// Runs this test once more in a process whose environment has the variable: it cannot be set in this
@@ -347,7 +373,8 @@ fn secrets_are_not_written_to_a_file() {
             let runtime =
                 tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             let _inside = runtime.enter();
-            let started = Overlay::start(config(MESH), [1; 32], Metrics::new().unwrap().overlay());
+            let metrics = Metrics::new().unwrap();
+            let started = Overlay::start(config(MESH), &endpoint(1), metrics.overlay());
             assert!(matches!(started.map(|_| ()), Err(StartError::KeyLog)));
         }
         Ok("clear") => {

@@ -20,7 +20,7 @@ use super::exchange::{self, Answered, Exchange};
 use super::frames::{FrameRate, FrameReader, FrameWriter};
 use super::identity::{Identity, Standing};
 use super::limits::{MeshCounters, MeshLimits};
-use super::quic::{Endpoint, Link};
+use super::quic::{Endpoint, Link, Plane};
 use super::rpc::{CODE_METHOD, Call, CallStream, ECHO, Request, TRUST};
 
 /// Why a connection is closed, as the peer sees it.
@@ -152,11 +152,14 @@ impl Connections {
             self.handshakes.fetch_add(1, Ordering::Relaxed);
             let this = self.clone();
             self.tasks.spawn(async move {
-                let link = this.endpoint.finish(incoming).await;
-                if let Ok(link) = link {
-                    this.clone().receive(link).await;
-                } else {
-                    this.handshakes.fetch_sub(1, Ordering::Relaxed);
+                match this.endpoint.finish(incoming).await {
+                    Ok(link) if link.plane() == Plane::Data => this.clone().receive(link).await,
+                    other => {
+                        this.handshakes.fetch_sub(1, Ordering::Relaxed);
+                        if let Ok(link) = other {
+                            this.endpoint.hand_over(link);
+                        }
+                    }
                 }
             });
         }

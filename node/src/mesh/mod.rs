@@ -30,7 +30,7 @@ pub use identity::{Clock, Identity, IdentityError, Standing, system_clock};
 pub use key_file::KeyFileError;
 pub use limits::{MeshCounters, MeshLimits};
 pub use members::{MemberLine, MembersError};
-pub use quic::{ALPN, Endpoint, Link, LinkError};
+pub use quic::{ALPN, Endpoint, Link, LinkError, OVERLAY_ALPN, Plane};
 pub use roster::{PeerLine, Roster};
 pub use rpc::{CODE_FAILED, Call, CallError, CallStream, ECHO, Heard, Request};
 pub use running::{JoinFailed, Mesh, MeshError, MeshOptions};

@@ -1,29 +1,42 @@
 //! The one QUIC endpoint of a node (quinn), and connections on which both keys are proved.
 //!
+//! Two planes share it, told apart by ALPN: the data plane, and the overlay, which takes its connections
+//! from [`Endpoint::overlay_links`]. One UDP port thus serves both, and what opens a NAT for one opens
+//! it for the other.
+//!
 //! The seam: nothing of quinn but its streams leaves this module and `frames`.
 
-use std::net::SocketAddr;
-use std::sync::Arc;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use protocol::NodeId;
 use protocol::identity::NodeKey;
 use protocol::identity::join::{ChannelBinding, EXPORTER_LABEL};
-use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use quinn::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
 use quinn::{IdleTimeout, TransportConfig, VarInt};
 use rustls::pki_types::CertificateDer;
 use thiserror::Error;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 use super::limits::{MeshCounters, MeshLimits};
 use super::tls::{self, Tls};
 
-pub use super::tls::ALPN;
+pub use super::tls::{ALPN, OVERLAY_ALPN};
 
 /// A UDP socket that speaks QUIC as this node.
 #[derive(Clone)]
 pub struct Endpoint {
     quinn: quinn::Endpoint,
+    /// Quinn's socket once more, for packets that are no QUIC.
+    socket: Arc<UdpSocket>,
+    key: Arc<NodeKey>,
+    overlay_client: quinn::ClientConfig,
+    /// Who takes connections of the overlay; without one they are closed.
+    overlay: Arc<Mutex<Option<mpsc::Sender<Link>>>>,
+    closed: CancellationToken,
     limits: Arc<MeshLimits>,
     counters: Arc<MeshCounters>,
 }
@@ -33,7 +46,15 @@ pub struct Endpoint {
 pub struct Link {
     connection: quinn::Connection,
     peer: NodeId,
+    plane: Plane,
     binding: ChannelBinding,
+}
+
+/// What is spoken on a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Plane {
+    Data,
+    Overlay,
 }
 
 /// Why there is no connection.
@@ -64,27 +85,47 @@ impl Endpoint {
         counters: Arc<MeshCounters>,
     ) -> Result<Endpoint, LinkError> {
         let listen = |source| LinkError::Listen { address, source };
-        let Tls { server, client } = Tls::new(key).map_err(LinkError::Tls)?;
+        let Tls { server, client: client_tls, overlay } = Tls::new(key).map_err(LinkError::Tls)?;
         let server = QuicServerConfig::try_from(server).map_err(|e| LinkError::Tls(e.into()))?;
-        let client = QuicClientConfig::try_from(client).map_err(|e| LinkError::Tls(e.into()))?;
         let transport = Arc::new(transport(&limits));
         let mut server = quinn::ServerConfig::with_crypto(Arc::new(server));
         server.transport_config(transport.clone());
         server.max_incoming(limits.connections_max);
-        let mut client = quinn::ClientConfig::new(Arc::new(client));
-        client.transport_config(transport);
-        let socket = std::net::UdpSocket::bind(address).map_err(listen)?;
-        let config = quinn::EndpointConfig::default();
-        let runtime = Arc::new(quinn::TokioRuntime);
-        let mut quinn =
-            quinn::Endpoint::new(config, Some(server), socket, runtime).map_err(listen)?;
-        quinn.set_default_client_config(client);
-        Ok(Endpoint { quinn, limits, counters })
+        let client = |tls: rustls::ClientConfig| {
+            let client = QuicClientConfig::try_from(tls).map_err(|e| LinkError::Tls(e.into()))?;
+            let mut client = quinn::ClientConfig::new(Arc::new(client));
+            client.transport_config(transport.clone());
+            Ok::<_, LinkError>(client)
+        };
+        let socket = UdpSocket::bind(address).map_err(listen)?;
+        let again = socket.try_clone().map_err(listen)?;
+        let mut quinn = quinn_endpoint(socket, Some(server)).map_err(listen)?;
+        quinn.set_default_client_config(client(client_tls)?);
+        Ok(Endpoint {
+            quinn,
+            socket: Arc::new(again),
+            key: Arc::new(key.clone()),
+            overlay_client: client(overlay)?,
+            overlay: Arc::default(),
+            closed: CancellationToken::new(),
+            limits,
+            counters,
+        })
     }
 
     /// Where it listens.
     pub fn address(&self) -> Result<SocketAddr, LinkError> {
         self.quinn.local_addr().map_err(|_| LinkError::Closed)
+    }
+
+    /// The key whose possession it proves.
+    pub(super) fn key(&self) -> &NodeKey {
+        &self.key
+    }
+
+    /// Cancelled when it is closed.
+    pub(super) fn closed(&self) -> &CancellationToken {
+        &self.closed
     }
 
     /// Connects, and refuses whoever is not `wanted` if that is known.
@@ -108,10 +149,89 @@ impl Endpoint {
         }
     }
 
+    /// Connects the overlay. `fresh` leaves from another port, so that the answer does not come through
+    /// a hole that this one's packets have made.
+    pub(super) async fn dial_overlay(
+        &self,
+        address: SocketAddr,
+        fresh: bool,
+    ) -> Result<Link, LinkError> {
+        let failed = |what: &dyn std::fmt::Display| LinkError::Dial { address, what: what.to_string() };
+        let quinn = match fresh {
+            false => self.quinn.clone(),
+            true => {
+                let any = SocketAddr::new(self.address()?.ip(), 0);
+                let socket = UdpSocket::bind(any).map_err(|e| failed(&e))?;
+                quinn_endpoint(socket, None).map_err(|e| failed(&e))?
+            }
+        };
+        let client = self.overlay_client.clone();
+        let connecting =
+            quinn.connect_with(client, address, tls::SERVER_NAME).map_err(|e| failed(&e))?;
+        self.establish(connecting, address).await
+    }
+
+    /// From now on connections of the overlay that come in go to this receiver, and no longer to an
+    /// earlier one. At most [`OVERLAY_LINKS_MAX`] wait; more are closed.
+    pub(super) fn overlay_links(&self) -> mpsc::Receiver<Link> {
+        let (sender, receiver) = mpsc::channel(OVERLAY_LINKS_MAX);
+        *self.overlay.lock().unwrap_or_else(PoisonError::into_inner) = Some(sender);
+        receiver
+    }
+
+    /// Gives a connection of the overlay to whoever takes them.
+    pub(super) fn hand_over(&self, link: Link) {
+        let taker = self.overlay.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let refused = match taker {
+            Some(taker) => taker.try_send(link).err().map(|error| match error {
+                mpsc::error::TrySendError::Full(link) => (link, "too many wait"),
+                mpsc::error::TrySendError::Closed(link) => (link, "no overlay runs here"),
+            }),
+            None => Some((link, "no overlay runs here")),
+        };
+        if let Some((link, why)) = refused {
+            MeshCounters::add(&self.counters.refused);
+            link.close(0, why);
+        }
+    }
+
+    /// Takes connections of the overlay and closes all others, until the endpoint is closed: for a
+    /// process that is nothing but an overlay.
+    pub async fn serve_overlay(self) {
+        while let Some(incoming) = self.accept().await {
+            let this = self.clone();
+            // As many as there may be connections.
+            tokio::spawn(async move {
+                match this.finish(incoming).await {
+                    Ok(link) if link.plane == Plane::Overlay => this.hand_over(link),
+                    Ok(link) => link.close(0, "only the overlay runs here"),
+                    Err(error) => tracing::debug!(%error, "no connection"),
+                }
+            });
+        }
+    }
+
+    /// Sends one packet that is no QUIC, which a full socket drops.
+    pub(super) fn poke(&self, address: SocketAddr, bytes: &[u8]) -> std::io::Result<()> {
+        // A socket of IPv6 reaches IPv4 under its mapped addresses.
+        let address = match (self.socket.local_addr()?.ip(), address.ip()) {
+            (IpAddr::V6(_), IpAddr::V4(v4)) => (v4.to_ipv6_mapped(), address.port()).into(),
+            _ => address,
+        };
+        match self.socket.send_to(bytes, address) {
+            Err(error) if error.kind() != std::io::ErrorKind::WouldBlock => Err(error),
+            _ => Ok(()),
+        }
+    }
+
     /// The next connection that may begin; `None` once the endpoint is closed.
     pub(super) async fn accept(&self) -> Option<quinn::Incoming> {
         loop {
-            let incoming = self.quinn.accept().await?;
+            let Some(incoming) = self.quinn.accept().await else {
+                // Nothing comes any more, for the overlay neither.
+                *self.overlay.lock().unwrap_or_else(PoisonError::into_inner) = None;
+                return None;
+            };
             if self.quinn.open_connections() >= self.limits.connections_max {
                 MeshCounters::add(&self.counters.refused);
                 incoming.refuse();
@@ -131,6 +251,7 @@ impl Endpoint {
 
     /// Closes every connection and the socket.
     pub async fn close(&self, reason: &str) {
+        self.closed.cancel();
         self.quinn.close(VarInt::from_u32(0), reason.as_bytes());
         // What was said last may still be on its way.
         let _ = tokio::time::timeout(CLOSE_TIMEOUT, self.quinn.wait_idle()).await;
@@ -157,11 +278,19 @@ impl Endpoint {
         let identity = connection.peer_identity().ok_or_else(no_key)?;
         let chain = identity.downcast::<Vec<CertificateDer<'static>>>().map_err(|_| no_key())?;
         let peer = chain.first().and_then(tls::node_of).ok_or_else(no_key)?;
+        let protocol = connection
+            .handshake_data()
+            .and_then(|data| data.downcast::<HandshakeData>().ok()?.protocol);
+        let plane = match protocol.as_deref() {
+            Some(OVERLAY_ALPN) => Plane::Overlay,
+            // TLS lets nothing else through.
+            _ => Plane::Data,
+        };
         let mut binding = [0; 32];
         connection
             .export_keying_material(&mut binding, EXPORTER_LABEL, &[])
             .map_err(|_| no_key())?;
-        Ok(Link { connection, peer, binding: ChannelBinding(binding) })
+        Ok(Link { connection, peer, plane, binding: ChannelBinding(binding) })
     }
 }
 
@@ -171,12 +300,21 @@ impl Link {
         self.peer
     }
 
+    pub fn plane(&self) -> Plane {
+        self.plane
+    }
+
     pub fn binding(&self) -> ChannelBinding {
         self.binding
     }
 
     pub fn address(&self) -> SocketAddr {
         self.connection.remote_address()
+    }
+
+    /// Bytes of all streams together that the peer may send before they are read.
+    pub(super) fn allow_bytes(&self, bytes: u32) {
+        self.connection.set_receive_window(VarInt::from_u32(bytes));
     }
 
     pub fn rtt(&self) -> Duration {
@@ -225,6 +363,14 @@ impl Link {
     }
 }
 
+fn quinn_endpoint(
+    socket: UdpSocket,
+    server: Option<quinn::ServerConfig>,
+) -> std::io::Result<quinn::Endpoint> {
+    let config = quinn::EndpointConfig::default();
+    quinn::Endpoint::new(config, server, socket, Arc::new(quinn::TokioRuntime))
+}
+
 /// Before a peer is admitted it may open one stream, for the greeting or a join. The receive window of
 /// a connection bounds what a peer can make this node buffer.
 fn transport(limits: &MeshLimits) -> TransportConfig {
@@ -254,4 +400,6 @@ const DATAGRAM_BUFFER_BYTES: usize = 256 << 10;
 /// again, then twice that, and so on. RFC 9002 has 333 ms, with which a few lost packets end a handshake.
 /// Too small: packets are sent twice on long paths. Too large: lossy paths fail.
 const INITIAL_RTT: Duration = Duration::from_millis(100);
+/// Connections of the overlay that wait for it; more are closed and their diallers come again.
+const OVERLAY_LINKS_MAX: usize = 64;
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);

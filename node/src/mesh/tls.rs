@@ -16,16 +16,23 @@ use rustls::{
     ServerConfig, SignatureScheme,
 };
 
-/// What both sides must speak.
+/// The protocol of the data plane.
 pub const ALPN: &[u8] = b"grapevine/1";
+
+/// The protocol of the overlay, on the same port.
+pub const OVERLAY_ALPN: &[u8] = b"grapevine-overlay/1";
 
 /// The name in certificates and in the client's hello; it says nothing.
 pub(crate) const SERVER_NAME: &str = "grapevine";
 
-/// Both halves of a node's TLS.
+/// A node's TLS: what it answers with, and what it dials with.
 pub(crate) struct Tls {
+    /// Speaks both protocols; the dialler chooses.
     pub server: ServerConfig,
+    /// Dials the data plane.
     pub client: ClientConfig,
+    /// Dials the overlay.
+    pub overlay: ClientConfig,
 }
 
 impl Tls {
@@ -43,7 +50,7 @@ impl Tls {
             .with_protocol_versions(versions)?
             .with_client_cert_verifier(verifier.clone())
             .with_single_cert(vec![certificate.clone()], secret.clone_key())?;
-        server.alpn_protocols = vec![ALPN.to_vec()];
+        server.alpn_protocols = vec![ALPN.to_vec(), OVERLAY_ALPN.to_vec()];
         // No resumption: every connection proves both keys. No early data: it can be replayed.
         server.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
         server.send_tls13_tickets = 0;
@@ -58,7 +65,9 @@ impl Tls {
         // Session secrets are written nowhere, whatever SSLKEYLOGFILE says.
         server.key_log = Arc::new(rustls::NoKeyLog {});
         client.key_log = Arc::new(rustls::NoKeyLog {});
-        Ok(Tls { server, client })
+        let mut overlay = client.clone();
+        overlay.alpn_protocols = vec![OVERLAY_ALPN.to_vec()];
+        Ok(Tls { server, client, overlay })
     }
 }
 
@@ -95,21 +104,35 @@ impl NodeVerifier {
             ))))),
         }
     }
-
-    fn check_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        let algorithms = &self.provider.signature_verification_algorithms;
-        verify_tls13_signature(message, certificate, signature, algorithms)
-    }
 }
 
-/// TLS 1.2 is not configured; this is never asked.
-fn no_tls12() -> Result<HandshakeSignatureValid, Error> {
-    Err(Error::General("TLS 1.2 is not spoken here".to_owned()))
+/// How signatures are checked: the trait for servers and the one for clients ask it in the same words.
+macro_rules! signatures {
+    () => {
+        /// TLS 1.2 is not configured; this is never asked.
+        fn verify_tls12_signature(
+            &self,
+            _message: &[u8],
+            _certificate: &CertificateDer<'_>,
+            _signature: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, Error> {
+            Err(Error::General("TLS 1.2 is not spoken here".to_owned()))
+        }
+
+        fn verify_tls13_signature(
+            &self,
+            message: &[u8],
+            certificate: &CertificateDer<'_>,
+            signature: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, Error> {
+            let algorithms = &self.provider.signature_verification_algorithms;
+            verify_tls13_signature(message, certificate, signature, algorithms)
+        }
+
+        fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+            vec![SignatureScheme::ED25519]
+        }
+    };
 }
 
 impl ServerCertVerifier for NodeVerifier {
@@ -124,27 +147,7 @@ impl ServerCertVerifier for NodeVerifier {
         self.check(end_entity, intermediates).map(|()| ServerCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        no_tls12()
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.check_signature(message, cert, dss)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        vec![SignatureScheme::ED25519]
-    }
+    signatures!();
 }
 
 impl ClientCertVerifier for NodeVerifier {
@@ -161,27 +164,7 @@ impl ClientCertVerifier for NodeVerifier {
         self.check(end_entity, intermediates).map(|()| ClientCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        no_tls12()
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.check_signature(message, cert, dss)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        vec![SignatureScheme::ED25519]
-    }
+    signatures!();
 }
 
 /// A PKCS #8 v1 private key up to its 32 secret bytes (RFC 8410, section 7).

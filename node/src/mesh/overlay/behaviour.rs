@@ -17,10 +17,11 @@ use libp2p_autonat::v1 as autonat;
 use protocol::MeshId;
 
 use super::limits::{
-    CIRCUIT_BYTES, CIRCUIT_LIFE, CONNECTION_WINDOW, IDLE_MAX, KEEP_ALIVE, RELAY_CIRCUITS,
-    RELAY_CIRCUITS_PER_PEER, RELAY_PLACES, SILENCE_MAX, STREAM_WINDOW, STREAMS_PER_CONNECTION,
+    CIRCUIT_BYTES, CIRCUIT_LIFE, IDLE_MAX, RELAY_CIRCUITS, RELAY_CIRCUITS_PER_PEER, RELAY_PLACES,
+    STREAMS_PER_CONNECTION,
 };
 use super::observed::Observed;
+use super::transport::QuicTransport;
 use super::{Limits, OverlayConfig, Reachability, StartError};
 
 type Subscriptions = gossipsub::MaxCountSubscriptionFilter<gossipsub::WhitelistSubscriptionFilter>;
@@ -43,18 +44,13 @@ pub(super) struct Behaviour {
 pub(super) fn swarm(
     config: &OverlayConfig,
     key: identity::Keypair,
+    transport: QuicTransport,
 ) -> Result<Swarm<Behaviour>, StartError> {
     let protocol = |what: &dyn std::error::Error| StartError::Protocol(what.to_string());
     let swarm = SwarmBuilder::with_existing_identity(key)
         .with_tokio()
-        .with_quic_config(|mut quic| {
-            quic.max_concurrent_stream_limit = STREAMS_PER_CONNECTION;
-            quic.max_stream_data = STREAM_WINDOW;
-            quic.max_connection_data = CONNECTION_WINDOW;
-            quic.keep_alive_interval = KEEP_ALIVE;
-            quic.max_idle_timeout = SILENCE_MAX.as_millis() as u32;
-            quic
-        })
+        .with_other_transport(|_| transport)
+        .map_err(|error| protocol(&error))?
         .with_relay_client(tls::Config::new, yamux::Config::default)
         .map_err(|error| protocol(&error))?
         .with_behaviour(|key, relay_client| behaviour(config, key, relay_client))

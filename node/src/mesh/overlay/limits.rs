@@ -102,17 +102,23 @@ pub const RELAY_CIRCUITS_PER_PEER: usize = 8;
 pub const CIRCUIT_LIFE: Duration = Duration::from_secs(3600);
 pub const CIRCUIT_BYTES: u64 = 64 << 20;
 
-/// Receive windows of the transport, in bytes. Frames are small; bulk has the data plane.
-pub const STREAM_WINDOW: u32 = 256 * 1024;
+/// Receive window of a connection, in bytes. Frames are small; bulk has the data plane.
 pub const CONNECTION_WINDOW: u32 = 1024 * 1024;
 
 /// Streams that a peer may have open on one connection.
 pub const STREAMS_PER_CONNECTION: u32 = 64;
 
-/// Silence after which a connection is given up, and how often it is broken. Hosts that compute stall,
-/// and failure detection is not done here; NATs forget a flow after 30 s.
-pub const SILENCE_MAX: Duration = Duration::from_secs(30);
-pub const KEEP_ALIVE: Duration = Duration::from_secs(10);
+/// Addresses of this host that are announced where it listens on all. More are not, and nobody dials them.
+pub const INTERFACES_MAX: usize = 64;
+
+/// Holes that are being punched at a time; more fail, and are tried again over the relay.
+pub const PUNCHES_MAX: usize = 64;
+
+/// Packets that open a NAT: how long, how often and how large they are sent. The other end dials at the
+/// same moment, and its handshake is repeated after 1 s and 3 s.
+pub const PUNCH_TIME: Duration = Duration::from_secs(5);
+pub const PUNCH_INTERVAL: Duration = Duration::from_millis(50);
+pub const PUNCH_BYTES: usize = 16;
 
 /// A connection that no protocol uses is closed after this.
 pub const IDLE_MAX: Duration = Duration::from_secs(3600);

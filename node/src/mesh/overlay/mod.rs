@@ -12,10 +12,12 @@
 mod address;
 mod behaviour;
 pub mod limits;
+mod muxer;
 mod observed;
 mod peers;
 mod supervisor;
 mod task;
+mod transport;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -31,6 +33,7 @@ use tokio_util::sync::CancellationToken;
 pub use address::{Address, BadAddress};
 pub use limits::Limits;
 
+use super::quic::Endpoint;
 use crate::metrics::OverlayMetrics;
 
 /// How an overlay is set up.
@@ -38,8 +41,6 @@ use crate::metrics::OverlayMetrics;
 pub struct OverlayConfig {
     /// Names all protocols, so that meshes never mix.
     pub mesh: MeshId,
-    /// UDP addresses to listen on. Port 0 takes a free one.
-    pub listen: Vec<SocketAddr>,
     /// Whether to find and be found by multicast DNS on the local network. It is not authenticated and
     /// tells everybody there that this node exists.
     pub mdns: bool,
@@ -52,12 +53,11 @@ pub struct OverlayConfig {
 }
 
 impl OverlayConfig {
-    /// Listens on `listen` for nodes of `mesh`, finds out by itself whether it is behind a NAT, serves as
-    /// a relay if not, and knows nobody.
-    pub fn new(mesh: MeshId, listen: SocketAddr) -> OverlayConfig {
+    /// For nodes of `mesh`: finds out by itself whether it is behind a NAT, serves as a relay if not, and
+    /// knows nobody.
+    pub fn new(mesh: MeshId) -> OverlayConfig {
         OverlayConfig {
             mesh,
-            listen: vec![listen],
             mdns: false,
             reachability: Reachability::Probe,
             serve_relay: true,
@@ -163,6 +163,8 @@ pub enum OverlayEvent {
     Connected {
         node: NodeId,
         path: Path,
+        /// Where it is, if the path is direct: the data plane reaches it there, too.
+        at: Option<SocketAddr>,
     },
     Disconnected {
         node: NodeId,
@@ -214,11 +216,22 @@ pub struct OverlayStatus {
     /// Where members elsewhere can reach us, relays included: what a node record should say.
     pub external: Vec<Address>,
     pub nat: Nat,
+    /// Relays on which this node has a place.
+    pub relays: Vec<NodeId>,
     /// Connected members, by id.
-    pub peers: Vec<(NodeId, Path)>,
+    pub peers: Vec<PeerPath>,
     pub members: usize,
     /// How often it was built anew.
     pub restarts: u64,
+}
+
+/// A connected member.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PeerPath {
+    pub node: NodeId,
+    pub path: Path,
+    /// Where it is, if the path is direct.
+    pub at: Option<SocketAddr>,
 }
 
 /// Why an overlay did not start. Nothing is left running.
@@ -228,8 +241,8 @@ pub enum StartError {
         "SSLKEYLOGFILE is set, and the secrets of every connection would be written to it: unset it"
     )]
     KeyLog,
-    #[error("the overlay cannot listen on {address}: {reason}")]
-    Listen { address: SocketAddr, reason: String },
+    #[error("the overlay cannot listen: {0}")]
+    Listen(String),
     #[error("the overlay's protocols cannot be set up: {0}")]
     Protocol(String),
 }
@@ -249,26 +262,27 @@ pub enum PublishError {
 pub struct Overlay;
 
 impl Overlay {
-    /// Starts an overlay in a task of the current tokio runtime. `seed` is the node's Ed25519 secret key;
-    /// the copy is wiped.
+    /// Starts an overlay on a node's endpoint, in a task of the current tokio runtime. Whoever accepts
+    /// the endpoint's connections hands it those of its own protocol.
     ///
-    /// The handle stops the overlay when it is dropped; the events end with it.
+    /// It ends when the handle is dropped or the endpoint is closed, and the events end with it.
     pub fn start(
         config: OverlayConfig,
-        mut seed: [u8; 32],
+        endpoint: &Endpoint,
         metrics: OverlayMetrics,
     ) -> Result<(OverlayHandle, mpsc::Receiver<OverlayEvent>), StartError> {
         if std::env::var_os(KEY_LOG).is_some() {
             return Err(StartError::KeyLog);
         }
-        let key = libp2p::identity::Keypair::ed25519_from_bytes(&mut seed)
+        // The copy is wiped.
+        let key = libp2p::identity::Keypair::ed25519_from_bytes(endpoint.key().secret())
             .map_err(|error| StartError::Protocol(error.to_string()))?;
-        let node = address::node_id(&key.public().to_peer_id()).expect("the key is of Ed25519");
+        let node = endpoint.key().id();
         let (members, members_seen) = watch::channel(Arc::from(config.members.as_slice()));
         let (commands, inbox) = mpsc::channel(limits::COMMANDS_MAX);
         let (events, receiver) = mpsc::channel(limits::EVENTS_MAX);
         let (status, status_seen) = watch::channel(OverlayStatus::default());
-        let stop = CancellationToken::new();
+        let stop = endpoint.closed().child_token();
         let message_bytes_max = config.limits.message_bytes;
         let ends = task::Ends {
             members: members_seen,
@@ -278,7 +292,8 @@ impl Overlay {
             stop: stop.clone(),
             metrics,
         };
-        let task = supervisor::spawn(config, key, node, ends)?;
+        let ground = supervisor::Ground { config, endpoint: endpoint.clone(), key, node };
+        let task = supervisor::spawn(ground, ends)?;
         let handle = OverlayHandle {
             node,
             members,

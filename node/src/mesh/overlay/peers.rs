@@ -15,7 +15,7 @@ use super::limits::{
     ADDRESSES_PER_NODE_MAX, BURST_SECONDS, DIALS_PER_TICK, IDENTIFIES_PER_SECOND, Limits,
     MEMBERS_MAX, PENALTY, REDIAL_MAX, REDIAL_MIN, RELAYED_LINGER,
 };
-use super::{CutOff, Member, Path};
+use super::{CutOff, Member, Path, PeerPath};
 
 /// The members, by id.
 pub(super) struct Peers {
@@ -210,9 +210,17 @@ impl Peers {
         connection.remote.map(|at| at.ip())
     }
 
+    /// Where a directly connected member is.
+    pub(super) fn direct(&self, node: NodeId) -> Option<SocketAddr> {
+        self.members.get(&node)?.direct()
+    }
+
     /// Connected members with their paths.
-    pub(super) fn paths(&self) -> impl Iterator<Item = (NodeId, Path)> + '_ {
-        self.members.iter().filter_map(|(&node, peer)| Some((node, peer.path()?)))
+    pub(super) fn paths(&self) -> impl Iterator<Item = PeerPath> + '_ {
+        let path = |(&node, peer): (&NodeId, &Peer)| {
+            Some(PeerPath { node, path: peer.path()?, at: peer.direct() })
+        };
+        self.members.iter().filter_map(path)
     }
 
     /// Whether more members should be connected than are.
@@ -370,6 +378,10 @@ impl Peer {
 
     fn path(&self) -> Option<Path> {
         self.connections.iter().map(|c| c.path).min()
+    }
+
+    fn direct(&self) -> Option<SocketAddr> {
+        self.connections.iter().filter(|c| c.path == Path::Direct).find_map(|c| c.remote)
     }
 
     /// Where `own` can dial it. A node whose relay we are cannot be reached through ourselves.

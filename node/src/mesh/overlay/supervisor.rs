@@ -3,7 +3,6 @@
 //! libp2p reads what peers send, and its gossipsub has panicked on that before (CVE-2026-33040,
 //! CVE-2026-34219). Such a fault must not end the node, nor the overlay for good.
 
-use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
 
 use futures_util::FutureExt;
@@ -17,29 +16,32 @@ use super::address::quic;
 use super::behaviour::{self, Behaviour};
 use super::limits::{RESTART_MAX, RESTART_MIN};
 use super::task::{End, Ends, Task};
+use super::transport::QuicTransport;
 use super::{OverlayConfig, StartError};
+use crate::mesh::quic::Endpoint;
 
-/// A swarm that listens, with the listener of each address of the configuration.
+/// A swarm that listens.
 pub(super) struct Listening {
     pub swarm: Swarm<Behaviour>,
-    pub listeners: Vec<ListenerId>,
+    pub listener: ListenerId,
 }
 
-/// Binds the sockets and starts the task. An error leaves nothing behind.
-pub(super) fn spawn(
-    config: OverlayConfig,
-    key: identity::Keypair,
-    node: NodeId,
-    ends: Ends,
-) -> Result<JoinHandle<()>, StartError> {
-    let first = listen(&config, &key)?;
-    Ok(tokio::spawn(supervise(config, key, node, ends, first)))
+/// What a swarm is built from, again and again.
+pub(super) struct Ground {
+    pub config: OverlayConfig,
+    pub endpoint: Endpoint,
+    pub key: identity::Keypair,
+    pub node: NodeId,
+}
+
+/// Listens and starts the task. An error leaves nothing behind.
+pub(super) fn spawn(ground: Ground, ends: Ends) -> Result<JoinHandle<()>, StartError> {
+    let first = ground.listen()?;
+    Ok(tokio::spawn(supervise(ground, ends, first)))
 }
 
 async fn supervise(
-    mut config: OverlayConfig,
-    key: identity::Keypair,
-    node: NodeId,
+    ground: Ground,
     mut ends: Ends,
     first: Listening,
 ) {
@@ -49,11 +51,13 @@ async fn supervise(
     loop {
         let began = Instant::now();
         if let Some(listening) = next.take() {
-            let task = Task::new(&config, node, listening, &mut ends, restarts);
+            let task = Task::new(&ground.config, ground.node, listening, &mut ends, restarts);
             // Nothing of a broken task is used again but the ends of its channels, which hold no
             // half-done state.
-            match AssertUnwindSafe(task.run(&mut config.listen)).catch_unwind().await {
+            match AssertUnwindSafe(task.run()).catch_unwind().await {
                 Ok(End::Stopped) => return,
+                // The node has closed its endpoint, and means us, too.
+                Ok(End::Deaf(_)) if ends.stop.is_cancelled() => return,
                 Ok(End::Deaf(reason)) => {
                     tracing::error!(reason, "the overlay has lost its socket and starts anew");
                 }
@@ -70,39 +74,47 @@ async fn supervise(
             () = tokio::time::sleep(pause) => {}
         }
         pause = (pause * 2).min(RESTART_MAX);
-        match listen(&config, &key) {
+        match ground.listen() {
             Ok(listening) => next = Some(listening),
             Err(error) => tracing::error!(%error, "the overlay cannot start anew yet"),
         }
     }
 }
 
-fn listen(config: &OverlayConfig, key: &identity::Keypair) -> Result<Listening, StartError> {
-    let mut swarm = behaviour::swarm(config, key.clone())?;
-    let bind = |&address: &SocketAddr| {
-        swarm
-            .listen_on(quic(address))
-            .map_err(|error| StartError::Listen { address, reason: error.to_string() })
-    };
-    let listeners = config.listen.iter().map(bind).collect::<Result<_, _>>()?;
-    Ok(Listening { swarm, listeners })
+impl Ground {
+    fn listen(&self) -> Result<Listening, StartError> {
+        let transport = QuicTransport::new(self.endpoint.clone());
+        let mut swarm = behaviour::swarm(&self.config, self.key.clone(), transport)?;
+        let listening = |reason: &dyn std::fmt::Display| StartError::Listen(reason.to_string());
+        let at = self.endpoint.address().map_err(|e| listening(&e))?;
+        let listener = swarm.listen_on(quic(at)).map_err(|e| listening(&e))?;
+        Ok(Listening { swarm, listener })
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::net::SocketAddr;
+    use std::sync::Arc;
     use std::time::Duration;
 
     use protocol::MeshId;
+    use protocol::identity::NodeKey;
     use tokio::sync::mpsc::Receiver;
 
     use super::super::task::Command;
     use super::super::{Address, Member, Overlay, OverlayEvent, OverlayHandle, Path};
     use super::*;
+    use crate::mesh::{MeshCounters, MeshLimits};
     use crate::metrics::Metrics;
 
     fn start(seed: u8, metrics: &Metrics) -> (OverlayHandle, Receiver<OverlayEvent>) {
-        let config = OverlayConfig::new(MeshId([1; 32]), "127.0.0.1:0".parse().unwrap());
-        Overlay::start(config, [seed; 32], metrics.overlay()).unwrap()
+        let (limits, counters) = (Arc::new(MeshLimits::default()), Arc::<MeshCounters>::default());
+        let (key, at) = (NodeKey::from_secret([seed; 32]), "127.0.0.1:0".parse().unwrap());
+        let endpoint = Endpoint::bind(&key, at, limits, counters).unwrap();
+        tokio::spawn(endpoint.clone().serve_overlay());
+        let config = OverlayConfig::new(MeshId([1; 32]));
+        Overlay::start(config, &endpoint, metrics.overlay()).unwrap()
     }
 
     async fn until<T>(
@@ -140,7 +152,8 @@ mod tests {
         };
         b.set_members(vec![member(a.node(), &[])]);
         a.set_members(vec![member(b.node(), &[at_b])]);
-        let connected = OverlayEvent::Connected { node: b.node(), path: Path::Direct };
+        let connected =
+            OverlayEvent::Connected { node: b.node(), path: Path::Direct, at: Some(at_b) };
         let met = |event: &OverlayEvent| (*event == connected).then_some(());
         until(&mut events, met).await;
 
@@ -149,6 +162,6 @@ mod tests {
         assert_eq!(until(&mut events, listening).await, at, "others know this port");
         until(&mut events, met).await;
         assert_eq!(a.status().restarts, 1);
-        assert!(metrics.render().contains("vine_overlay_restarts_total 1"));
+        assert!(metrics.render().contains("grapevine_overlay_restarts_total 1"));
     }
 }

@@ -67,7 +67,7 @@ pub(super) enum End {
 pub(super) struct Task<'a> {
     ends: &'a mut Ends,
     swarm: Swarm<Behaviour>,
-    listeners: Vec<ListenerId>,
+    listener: ListenerId,
     peers: Peers,
     began: tokio::time::Instant,
     protocol: String,
@@ -107,14 +107,14 @@ impl<'a> Task<'a> {
         ends: &'a mut Ends,
         restarts: u64,
     ) -> Task<'a> {
-        let Listening { mut swarm, listeners } = listening;
+        let Listening { mut swarm, listener } = listening;
         swarm.behaviour_mut().relay.set_status(Some(relay::Status::Disable));
         // Below what others allow us, so that their clocks and ours need not agree.
         let rate = config.limits.messages_per_second * 3 / 4;
         Task {
             ends,
             swarm,
-            listeners,
+            listener,
             peers: Peers::new(node, config.limits.clone()),
             began: tokio::time::Instant::now(),
             protocol: behaviour::name(config.mesh, "overlay"),
@@ -140,9 +140,8 @@ impl<'a> Task<'a> {
         }
     }
 
-    /// Runs until it is stopped or deaf. `listen` gets the ports that were taken for 0, so that a later
-    /// task can have the same.
-    pub(super) async fn run(mut self, listen: &mut [SocketAddr]) -> End {
+    /// Runs until it is stopped or deaf.
+    pub(super) async fn run(mut self) -> End {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         self.set_members();
@@ -166,7 +165,7 @@ impl<'a> Task<'a> {
                 },
                 _ = tick.tick() => self.tick(),
                 event = self.swarm.select_next_some() => {
-                    if let Some(end) = self.on_swarm(event, listen) {
+                    if let Some(end) = self.on_swarm(event) {
                         return end;
                     }
                 }
@@ -418,17 +417,18 @@ impl<'a> Task<'a> {
         let status = OverlayStatus {
             listening: self.listening.iter().copied().collect(),
             external: external.into_iter().collect(),
+            relays: self.places.iter().filter(|(_, p)| p.held).map(|(node, _)| *node).collect(),
             nat: self.nat,
             peers: self.peers.paths().collect(),
             members: self.peers.len(),
             restarts: self.restarts,
         };
         let metrics = &self.ends.metrics;
-        let count = |path| status.peers.iter().filter(|(_, p)| *p == path).count() as f64;
+        let count = |path| status.peers.iter().filter(|peer| peer.path == path).count() as f64;
         metrics.peers_direct.set(count(Path::Direct));
         metrics.peers_relayed.set(count(Path::Relayed));
         metrics.members.set(status.members as f64);
-        metrics.relays_held.set(self.places.values().filter(|p| p.held).count() as f64);
+        metrics.relays_held.set(status.relays.len() as f64);
         metrics.circuits.set(f64::from(self.circuits));
         metrics.nat(status.nat);
         self.ends.status.send_replace(status);
@@ -454,11 +454,7 @@ impl<'a> Task<'a> {
 
 /// What the swarm says.
 impl Task<'_> {
-    fn on_swarm(
-        &mut self,
-        event: SwarmEvent<BehaviourEvent>,
-        listen: &mut [SocketAddr],
-    ) -> Option<End> {
+    fn on_swarm(&mut self, event: SwarmEvent<BehaviourEvent>) -> Option<End> {
         match event {
             SwarmEvent::Behaviour(event) => self.on_behaviour(event),
             SwarmEvent::ConnectionEstablished { peer_id, connection_id, endpoint, .. } => {
@@ -476,7 +472,7 @@ impl Task<'_> {
                 }
             }
             SwarmEvent::NewListenAddr { listener_id, address } => {
-                self.on_listening(listener_id, &address, listen);
+                self.on_listening(listener_id, &address);
             }
             SwarmEvent::ExpiredListenAddr { address, .. } => {
                 if let Some(Address::Direct(at)) = Address::of(&address) {
@@ -505,7 +501,7 @@ impl Task<'_> {
         let now = self.now();
         if let Some(path) = self.peers.connected(now, node, id, path, remote, endpoint.is_dialer())
         {
-            self.tell(OverlayEvent::Connected { node, path });
+            self.tell(OverlayEvent::Connected { node, path, at: self.peers.direct(node) });
         }
         // Who is new may know others; several that come at once are asked together.
         self.look_up_soon();
@@ -516,7 +512,9 @@ impl Task<'_> {
     fn on_closed(&mut self, peer: &PeerId, id: ConnectionId) {
         let Some(node) = node_id(peer) else { return };
         match self.peers.closed(self.now(), node, id) {
-            Some(Some(path)) => self.tell(OverlayEvent::Connected { node, path }),
+            Some(Some(path)) => {
+                self.tell(OverlayEvent::Connected { node, path, at: self.peers.direct(node) });
+            }
             Some(None) => self.tell(OverlayEvent::Disconnected { node }),
             None => {}
         }
@@ -538,12 +536,9 @@ impl Task<'_> {
         tracing::debug!(%error, "a connection is refused");
     }
 
-    fn on_listening(&mut self, id: ListenerId, at: &Multiaddr, listen: &mut [SocketAddr]) {
+    fn on_listening(&mut self, id: ListenerId, at: &Multiaddr) {
         match Address::of(at) {
             Some(Address::Direct(address)) => {
-                if let Some(i) = self.listeners.iter().position(|listener| *listener == id) {
-                    listen[i].set_port(address.port());
-                }
                 self.listening.insert(address);
                 if self.reachability == Reachability::Public {
                     self.add_external(at.clone());
@@ -568,7 +563,7 @@ impl Task<'_> {
         reason: Result<(), std::io::Error>,
     ) -> Option<End> {
         let why = reason.err().map_or("it was closed".to_owned(), |error| error.to_string());
-        if self.listeners.contains(&id) {
+        if self.listener == id {
             return Some(End::Deaf(why));
         }
         let relay = self.places.iter().find(|(_, place)| place.listener == id);
