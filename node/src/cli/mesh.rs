@@ -98,6 +98,10 @@ pub struct MeshArgs {
     /// Where other nodes reach this one, if not at --mesh. Repeat it for more.
     #[arg(long = "mesh-address", value_name = "ADDR", help_heading = "Mesh")]
     pub advertise: Vec<SocketAddr>,
+    /// Find members on the local network, and be found there, by multicast DNS. It tells everybody on
+    /// that network that this node exists.
+    #[arg(long, help_heading = "Mesh")]
+    pub mdns: bool,
     /// Join a mesh: the token that `vine invite` printed. Needed once; afterwards the node is a member.
     #[arg(
         long,
@@ -150,6 +154,7 @@ async fn try_start(args: &MeshArgs, data: &Path) -> anyhow::Result<Running> {
     let options = |listen| MeshOptions {
         service: roster.clone(),
         token: token.clone(),
+        mdns: args.mdns,
         advertise: args.advertise.clone(),
         ..MeshOptions::new(data, listen)
     };

@@ -60,6 +60,7 @@ pub async fn status(args: &AskedNodeArgs) -> anyhow::Result<()> {
     let listens: Vec<String> =
         status["addresses"].as_array().into_iter().flatten().map(text).collect();
     println!("nodes  {}", listens.join(", "));
+    println!("nat    {}", overlay(&status["overlay"]));
     let roles = text(&status["certificate"]["roles"]);
     let authority = match status["authority"]["this_node"] == true {
         true => ", one of its authorities",
@@ -68,6 +69,16 @@ pub async fn status(args: &AskedNodeArgs) -> anyhow::Result<()> {
     println!("roles  {roles}{authority}");
     println!("\n{}", table(&peers).trim_end());
     Ok(())
+}
+
+/// What is known of this node's NAT, and how the overlay crosses it.
+fn overlay(overlay: &Value) -> String {
+    let Some(nat) = overlay["nat"].as_str() else { return "no overlay runs".to_owned() };
+    let relays = overlay["relays"].as_array().map_or(0, Vec::len);
+    format!(
+        "{nat}; overlay: {} members direct, {} relayed, {relays} relays held",
+        overlay["direct"], overlay["relayed"]
+    )
 }
 
 /// The answer of `/mesh/peers` for people.

@@ -34,6 +34,7 @@ struct Config {
     mesh: Option<SocketAddr>,
     #[serde(default)]
     mesh_address: Vec<SocketAddr>,
+    mdns: Option<bool>,
     kv_memory: Option<String>,
     kv_dtype: Option<String>,
     quant: Option<String>,
@@ -217,7 +218,8 @@ fn settings(args: UpArgs) -> anyhow::Result<(Served, MeshArgs, EngineArgs)> {
         said => said,
     };
     let listen = args.mesh.listen.or(config.mesh);
-    Ok((served, MeshArgs { listen, advertise, join: args.mesh.join }, engine))
+    let mdns = args.mesh.mdns || config.mdns.unwrap_or(false);
+    Ok((served, MeshArgs { listen, advertise, mdns, join: args.mesh.join }, engine))
 }
 
 fn value_of<T: clap::ValueEnum>(key: &str, text: Option<String>) -> anyhow::Result<Option<T>> {

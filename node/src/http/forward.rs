@@ -241,7 +241,7 @@ impl Forwarding {
         if let Some(Answer { head, first, .. }) = refused {
             return Some(with_head(&head, first.map(Body::from).unwrap_or_default()));
         }
-        let NoReplica::Unavailable(nodes) = why else { return None };
+        let NoReplica::Unavailable(nodes) = why else { return self.unheard_of() };
         // This node has the model and cannot serve it now: its own sentence says why.
         if tried.is_empty() && nodes.iter().any(|(node, _)| self.roster.is_own(*node)) {
             return None;
@@ -255,6 +255,23 @@ impl Forwarding {
         let message =
             format!("no node can answer for {:?} now: {}", self.model, reasons.join("; "));
         let error = ApiError::new(ErrorCode::ModelUnavailable, message).retry_after_s(RETRY_S);
+        Some(Failure(error).into_response())
+    }
+
+    /// No node says that it has the model. This node says so, unless some have said nothing yet.
+    fn unheard_of(&self) -> Option<Response> {
+        let unheard = self.roster.unheard();
+        if unheard.is_empty() || self.app.registry.info(&self.model).is_some() {
+            return None;
+        }
+        let named = unheard.iter().take(UNHEARD_NAMED_MAX).cloned().collect::<Vec<_>>().join(", ");
+        let message = format!(
+            "no node that this one reaches serves {:?}; what {} of the mesh's nodes serve is not known \
+             here, since they cannot be reached: {named}",
+            self.model,
+            unheard.len(),
+        );
+        let error = ApiError::new(ErrorCode::ModelNotFound, message).at("model");
         Some(Failure(error).into_response())
     }
 
@@ -356,3 +373,5 @@ const BYTES_PER_TOKEN: usize = 4;
 /// Bytes of an answer that is no stream.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
 const RETRY_S: u32 = 2;
+/// Nodes that an error names.
+const UNHEARD_NAMED_MAX: usize = 8;

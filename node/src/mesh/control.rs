@@ -3,7 +3,7 @@
 
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use axum::extract::State;
@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::connections::blocking;
 use super::identity::{IdentityError, Standing};
+use super::overlay::{Nat, OverlayStatus, Path};
 use super::roster::{PeerLine, Roster};
 use super::running::Mesh;
 
@@ -41,7 +42,7 @@ impl ControlServer {
     ///
     /// # Errors
     /// If the socket cannot be made (its path may be longer than the 107 bytes that Unix allows).
-    pub fn start(data: &Path, routes: ControlRoutes) -> std::io::Result<ControlServer> {
+    pub fn start(data: &std::path::Path, routes: ControlRoutes) -> std::io::Result<ControlServer> {
         let path = data.join(CONTROL_SOCKET);
         match std::fs::remove_file(&path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
@@ -140,7 +141,7 @@ struct AuthorityBody {
     remove: Vec<String>,
 }
 
-async fn status(State(Control { mesh, .. }): State<Control>) -> Answer {
+async fn status(State(Control { mesh, roster, .. }): State<Control>) -> Answer {
     let standing = standing(&mesh)?;
     let body = &standing.certificate.body;
     let trust = &standing.trust;
@@ -179,7 +180,26 @@ async fn status(State(Control { mesh, .. }): State<Control>) -> Answer {
         },
         "revoked": revoked,
         "peers": peers,
+        "overlay": roster.overlay().map(|status| overlay(&status)),
     })))
+}
+
+fn overlay(status: &OverlayStatus) -> Value {
+    let nat = match status.nat {
+        Nat::Unknown => "unknown",
+        Nat::Public => "public",
+        Nat::Private => "private",
+    };
+    let count = |path| status.peers.iter().filter(|peer| peer.path == path).count();
+    json!({
+        "nat": nat,
+        "listening": status.listening,
+        "external": status.external.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "relays": status.relays.iter().map(NodeId::to_string).collect::<Vec<_>>(),
+        "direct": count(Path::Direct),
+        "relayed": count(Path::Relayed),
+        "restarts": status.restarts,
+    })
 }
 
 /// Every member, this node first.
@@ -189,7 +209,7 @@ async fn peers(State(Control { roster, .. }): State<Control>) -> Answer {
 }
 
 fn peer(line: &PeerLine) -> Value {
-    let PeerLine { member, record, record_age, own } = line;
+    let PeerLine { member, record, record_age, own, connected, overlay } = line;
     let record = record.as_ref();
     let state = match member.state {
         MemberState::Alive => "alive",
@@ -224,6 +244,11 @@ fn peer(line: &PeerLine) -> Value {
         "memory_bytes_per_s": record.map(|r| r.memory_bytes_per_s),
         "int8_ops_per_s": record.map(|r| r.int8_ops_per_s),
         "models": record.map(|r| r.replicas.iter().map(replica).collect::<Vec<_>>()),
+        "connected": connected,
+        "overlay": overlay.map(|path| match path {
+            Path::Direct => "direct",
+            Path::Relayed => "relayed",
+        }),
         "record_age_s": record_age.map(|age| age.as_secs_f64()),
     })
 }

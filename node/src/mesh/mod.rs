@@ -16,6 +16,7 @@ mod limits;
 mod members;
 pub mod overlay;
 mod quic;
+mod reach;
 mod roster;
 mod rpc;
 mod running;

@@ -156,7 +156,8 @@ impl Endpoint {
         address: SocketAddr,
         fresh: bool,
     ) -> Result<Link, LinkError> {
-        let failed = |what: &dyn std::fmt::Display| LinkError::Dial { address, what: what.to_string() };
+        let failed =
+            |what: &dyn std::fmt::Display| LinkError::Dial { address, what: what.to_string() };
         let quinn = match fresh {
             false => self.quinn.clone(),
             true => {

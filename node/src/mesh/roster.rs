@@ -22,6 +22,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::answer;
 use super::members::{MemberLine, Members, MembersError};
+use super::overlay::{Address, Member, OverlayStatus, Path as OverlayPath};
+use super::reach::Reach;
 use super::{Call, Mesh, PeerEvent, Service, random};
 use crate::http::App;
 use crate::metrics::Sample;
@@ -39,6 +41,8 @@ pub struct Roster {
 struct Started {
     mesh: Mesh,
     members: Members,
+    /// None if there is no overlay: the node goes on without.
+    reach: Option<Arc<Reach>>,
     app: Arc<App>,
     name: String,
 }
@@ -99,6 +103,10 @@ pub struct PeerLine {
     /// Age of the record.
     pub record_age: Option<Duration>,
     pub own: bool,
+    /// Whether the data plane is connected to it.
+    pub connected: bool,
+    /// How the overlay is connected to it.
+    pub overlay: Option<OverlayPath>,
 }
 
 impl Roster {
@@ -138,7 +146,14 @@ impl Roster {
             exchanges: Exchanges::default(),
         };
         let _ = self.state.set(Mutex::new(state));
-        let _ = self.started.set(Started { mesh, members, app, name: host_name() });
+        let reach = match Reach::start(&mesh, app.metrics.overlay()) {
+            Ok(reach) => Some(reach),
+            Err(error) => {
+                tracing::warn!(%error, "no overlay: nodes behind a NAT are not found");
+                None
+            }
+        };
+        let _ = self.started.set(Started { mesh, members, reach, app, name: host_name() });
         tokio::spawn(self.clone().keep());
         Ok(())
     }
@@ -172,15 +187,21 @@ impl Roster {
             record: Some(own_record),
             record_age: Some(Duration::ZERO),
             own: true,
+            connected: false,
+            overlay: None,
         }];
+        let overlay = self.overlay().unwrap_or_default();
+        let path = |node| overlay.peers.iter().find(|peer| peer.node == node).map(|peer| peer.path);
         let state = self.lock();
         lines.extend(members.into_iter().filter(|m| m.node != own).map(|member| {
             let known = state.nodes.get(&member.node);
             PeerLine {
                 record: known.map(|k| k.record.clone()),
                 record_age: known.map(|k| now - k.heard),
-                member,
                 own: false,
+                connected: started.mesh.link(member.node).is_some(),
+                overlay: path(member.node),
+                member,
             }
         }));
         lines
@@ -227,10 +248,35 @@ impl Roster {
         self.started.get().map(|started| &started.mesh)
     }
 
-    /// Connects to a member unless it is connected.
+    /// The overlay at this moment; None if there is none.
+    pub(crate) fn overlay(&self) -> Option<OverlayStatus> {
+        Some(self.started.get()?.reach.as_ref()?.status())
+    }
+
+    /// Members that are present and have not told this node what they serve, by name.
+    pub(crate) fn unheard(&self) -> Vec<String> {
+        if self.state.get().is_none() {
+            return Vec::new();
+        }
+        let state = self.lock();
+        let unheard = state.present.iter().filter(|node| !state.nodes.contains_key(node));
+        unheard.map(NodeId::short).collect()
+    }
+
+    /// Connects to a member unless it is connected. Where that fails the overlay looks for a way, for
+    /// the next time.
     pub(crate) async fn connect(&self, node: NodeId) -> Result<(), String> {
         let Some(started) = self.started.get() else { return Err("not started".to_owned()) };
-        let addresses = self.lock().addresses.get(&node).cloned().unwrap_or_default();
+        if started.mesh.link(node).is_some() {
+            return Ok(());
+        }
+        let reach = started.reach.as_ref();
+        let mut addresses = self.lock().addresses.get(&node).cloned().unwrap_or_default();
+        // Where a hole is open.
+        if let Some(at) = reach.and_then(|reach| reach.direct(node)) {
+            addresses.retain(|address| *address != at);
+            addresses.insert(0, at);
+        }
         let mut why = "no address of it is known".to_owned();
         for address in addresses {
             let connected = started.mesh.connect(address, Some(node));
@@ -239,6 +285,9 @@ impl Roster {
                 Ok(Err(error)) => why = format!("{address}: {error}"),
                 Err(_) => why = format!("{address} did not answer in time"),
             }
+        }
+        if let Some(reach) = reach {
+            reach.want(node);
         }
         Err(why)
     }
@@ -294,6 +343,7 @@ impl Roster {
                     let (members, stats) = started.members.view().await;
                     self.lock().membership = stats;
                     self.reconcile(started.mesh.node(), &members, &mut out);
+                    self.tell_overlay(started);
                     last_own = self.refresh_own(started, last_own, &mut out);
                 }
             }
@@ -320,6 +370,24 @@ impl Roster {
         for &node in present.difference(&before) {
             state.records.handle(now, RecordsInput::Present { node }, out);
         }
+    }
+
+    /// Tells the overlay who may connect: the members that membership sees, unless they are revoked.
+    fn tell_overlay(&self, started: &Started) {
+        let (Some(reach), Some(standing)) = (&started.reach, started.mesh.standing()) else {
+            return;
+        };
+        let revoked = standing.trust.revocations();
+        let state = self.lock();
+        let member = |(&node, addresses): (&NodeId, &Vec<SocketAddr>)| {
+            let told = state.nodes.get(&node).map(|known| known.record.overlay.as_slice());
+            let all = told.unwrap_or_default().iter().chain(addresses);
+            Member { node, addresses: all.copied().map(Address::Direct).collect() }
+        };
+        let here = state.addresses.iter().filter(|(node, _)| !revoked.is_revoked(**node));
+        let members = here.map(member).collect();
+        drop(state);
+        reach.set_members(members);
     }
 
     fn refresh_own(
@@ -404,7 +472,7 @@ impl Roster {
         NodeRecord {
             name: started.name.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            overlay: Vec::new(),
+            overlay: started.reach.as_ref().map_or_else(Vec::new, |reach| reach.external()),
             memory_bytes_per_s: measured.memory_bytes_per_s,
             int8_ops_per_s: measured.int8_ops_per_s,
             draining: started.app.drain.is_cancelled(),

@@ -27,6 +27,9 @@ pub struct MeshOptions {
     pub advertise: Vec<SocketAddr>,
     /// A token, for a node that belongs to no mesh yet. Without one it founds a mesh.
     pub token: Option<Invite>,
+    /// Whether the overlay finds and is found by multicast DNS on the local network, which tells
+    /// everybody there that this node exists.
+    pub mdns: bool,
     pub limits: MeshLimits,
     pub clock: Clock,
     /// Who takes datagrams and calls.
@@ -41,6 +44,7 @@ impl MeshOptions {
             listen,
             advertise: Vec::new(),
             token: None,
+            mdns: false,
             limits: MeshLimits::default(),
             clock: system_clock(),
             service: Arc::new(NoService),
@@ -78,6 +82,7 @@ impl std::fmt::Display for JoinFailed {
 pub struct Mesh {
     connections: Arc<Connections>,
     address: SocketAddr,
+    mdns: bool,
 }
 
 impl Mesh {
@@ -86,7 +91,7 @@ impl Mesh {
     /// # Errors
     /// If the state cannot be used, the address is taken, or no node lets this one in.
     pub async fn start(options: MeshOptions) -> Result<Mesh, MeshError> {
-        let MeshOptions { data, listen, advertise, token, limits, clock, service } = options;
+        let MeshOptions { data, listen, advertise, token, mdns, limits, clock, service } = options;
         let mut identity = Identity::open(&data, clock)?;
         let belongs = identity.standing().map(|s| s.trust.mesh());
         match (belongs, &token) {
@@ -120,7 +125,7 @@ impl Mesh {
         connections.tasks.spawn(connections.clone().accept_all());
         connections.tasks.spawn(connections.clone().keep_up());
         connections.tasks.spawn(connections.clone().stay_connected());
-        Ok(Mesh { connections, address })
+        Ok(Mesh { connections, address, mdns })
     }
 
     /// Where it listens.
@@ -135,6 +140,15 @@ impl Mesh {
 
     pub fn node(&self) -> NodeId {
         self.connections.identity.id()
+    }
+
+    /// The one port of the node, which the overlay shares.
+    pub fn endpoint(&self) -> &Endpoint {
+        &self.connections.endpoint
+    }
+
+    pub(super) fn mdns(&self) -> bool {
+        self.mdns
     }
 
     pub fn identity(&self) -> &Arc<Identity> {

@@ -40,11 +40,7 @@ pub(super) fn spawn(ground: Ground, ends: Ends) -> Result<JoinHandle<()>, StartE
     Ok(tokio::spawn(supervise(ground, ends, first)))
 }
 
-async fn supervise(
-    ground: Ground,
-    mut ends: Ends,
-    first: Listening,
-) {
+async fn supervise(ground: Ground, mut ends: Ends, first: Listening) {
     let mut next = Some(first);
     let mut pause = RESTART_MIN;
     let mut restarts = 0;

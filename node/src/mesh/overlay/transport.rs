@@ -149,7 +149,11 @@ impl Transport for QuicTransport {
     type Dial = Dialling;
 
     /// Announces where the endpoint listens, which is the only address that can be asked for.
-    fn listen_on(&mut self, id: ListenerId, address: Multiaddr) -> Result<(), TransportError<Failed>> {
+    fn listen_on(
+        &mut self,
+        id: ListenerId,
+        address: Multiaddr,
+    ) -> Result<(), TransportError<Failed>> {
         let Some(Address::Direct(at)) = Address::of(&address) else {
             return Err(TransportError::MultiaddrNotSupported(address));
         };
@@ -158,9 +162,9 @@ impl Transport for QuicTransport {
             return Err(TransportError::Other(Failed::OtherAddress(ours)));
         }
         let interfaces = match at.ip().is_unspecified() {
-            true => Some(
-                IfWatcher::new().map_err(|e| TransportError::Other(Failed::Interfaces(e)))?,
-            ),
+            true => {
+                Some(IfWatcher::new().map_err(|e| TransportError::Other(Failed::Interfaces(e)))?)
+            }
             false => None,
         };
         let everywhere = interfaces.is_some();
@@ -240,7 +244,10 @@ impl Listener {
                 Ok(IfEvent::Up(net)) if self.serves(net.addr()) => {
                     if self.announced.len() < INTERFACES_MAX && self.announced.insert(net.addr()) {
                         let listen_addr = address(net.addr());
-                        return Poll::Ready(TransportEvent::NewAddress { listener_id, listen_addr });
+                        return Poll::Ready(TransportEvent::NewAddress {
+                            listener_id,
+                            listen_addr,
+                        });
                     }
                 }
                 Ok(IfEvent::Down(net)) => {
@@ -290,4 +297,208 @@ async fn poke(endpoint: &Endpoint, at: SocketAddr) -> std::io::Result<()> {
 /// A socket of IPv6 sees hosts of IPv4 under mapped addresses.
 fn canonical(at: SocketAddr) -> SocketAddr {
     SocketAddr::new(at.ip().to_canonical(), at.port())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::{Duration, Instant};
+
+    use libp2p::core::muxing::StreamMuxerExt;
+    use libp2p::futures::{AsyncReadExt, AsyncWriteExt};
+    use protocol::identity::NodeKey;
+
+    use super::*;
+    use crate::mesh::{MeshCounters, MeshLimits};
+
+    const SOON: Duration = Duration::from_secs(20);
+    const DIAL: DialOpts = DialOpts { role: core::Endpoint::Dialer, port_use: PortUse::Reuse };
+    const PUNCH: DialOpts = DialOpts { role: core::Endpoint::Listener, port_use: PortUse::Reuse };
+
+    fn endpoint(seed: u8, at: &str) -> Endpoint {
+        let limits =
+            MeshLimits { handshake_timeout: Duration::from_millis(400), ..MeshLimits::default() };
+        let key = NodeKey::from_secret([seed; 32]);
+        let counters = Arc::<MeshCounters>::default();
+        let endpoint =
+            Endpoint::bind(&key, at.parse().unwrap(), Arc::new(limits), counters).unwrap();
+        tokio::spawn(endpoint.clone().serve_overlay());
+        endpoint
+    }
+
+    /// A transport that listens on loopback, and where.
+    async fn listening(seed: u8) -> (QuicTransport, SocketAddr) {
+        let endpoint = endpoint(seed, "127.0.0.1:0");
+        let at = endpoint.address().unwrap();
+        let mut transport = QuicTransport::new(endpoint);
+        transport.listen_on(ListenerId::next(), quic(at)).unwrap();
+        match next(&mut transport).await {
+            TransportEvent::NewAddress { listen_addr, .. } => assert_eq!(listen_addr, quic(at)),
+            other => panic!("{other:?}"),
+        }
+        (transport, at)
+    }
+
+    async fn next(transport: &mut QuicTransport) -> Event {
+        let event = std::future::poll_fn(|cx| Pin::new(&mut *transport).poll(cx));
+        tokio::time::timeout(SOON, event).await.expect("the transport says something")
+    }
+
+    async fn arrival(transport: &mut QuicTransport) -> (Output, Multiaddr) {
+        match next(transport).await {
+            TransportEvent::Incoming { upgrade, send_back_addr, .. } => {
+                (upgrade.await.unwrap(), send_back_addr)
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn id(seed: u8) -> PeerId {
+        peer_id(NodeKey::from_secret([seed; 32]).id()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn both_ends_know_who_is_there_and_streams_go_both_ways() {
+        let (mut a, at_a) = listening(1).await;
+        let (mut b, at_b) = listening(2).await;
+        let dialling = a.dial(quic(at_b), DIAL).unwrap();
+        let (dialled, (arrived, from)) = tokio::join!(dialling, arrival(&mut b));
+        let ((peer_b, mut muxer_a), (peer_a, mut muxer_b)) = (dialled.unwrap(), arrived);
+        assert_eq!((peer_a, peer_b), (id(1), id(2)));
+        assert_eq!(from, quic(at_a), "it leaves from the port it listens on");
+
+        let out = std::future::poll_fn(|cx| muxer_a.poll_outbound_unpin(cx));
+        let mut out = tokio::time::timeout(SOON, out).await.unwrap().unwrap();
+        out.write_all(b"over").await.unwrap();
+        out.close().await.unwrap();
+        out.close().await.unwrap();
+        let incoming = std::future::poll_fn(|cx| muxer_b.poll_inbound_unpin(cx));
+        let mut incoming = tokio::time::timeout(SOON, incoming).await.unwrap().unwrap();
+        let mut heard = Vec::new();
+        incoming.read_to_end(&mut heard).await.unwrap();
+        assert_eq!(heard, b"over");
+        incoming.write_all(b"and back").await.unwrap();
+        incoming.close().await.unwrap();
+        heard.clear();
+        out.read_to_end(&mut heard).await.unwrap();
+        assert_eq!(heard, b"and back");
+
+        // Whoever drops its end closes the connection, and the other sees it.
+        drop(muxer_a);
+        let ended = std::future::poll_fn(|cx| muxer_b.poll_inbound_unpin(cx));
+        assert!(tokio::time::timeout(SOON, ended).await.unwrap().is_err());
+        let closed = std::future::poll_fn(|cx| muxer_b.poll_close_unpin(cx));
+        tokio::time::timeout(SOON, closed).await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_fresh_port_is_another_one() {
+        let (mut a, at_a) = listening(1).await;
+        let (mut b, at_b) = listening(2).await;
+        let fresh = DialOpts { port_use: PortUse::New, ..DIAL };
+        let dialling = a.dial(quic(at_b), fresh).unwrap();
+        let (dialled, (_, from)) = tokio::join!(dialling, arrival(&mut b));
+        assert_eq!(dialled.unwrap().0, id(2));
+        assert_ne!(from, quic(at_a));
+    }
+
+    #[tokio::test]
+    async fn a_punched_hole_is_taken_by_who_was_awaited() {
+        let (mut a, at_a) = listening(1).await;
+        let (mut b, at_b) = listening(2).await;
+        let awaiting = a.punch(at_b).unwrap();
+        // The same hole is not punched twice at a time.
+        assert!(matches!(a.punch(at_b), Err(Failed::Punching(_))));
+        let dialling = b.dial(quic(at_a), DIAL).unwrap();
+        let polled = std::future::poll_fn(|cx| Pin::new(&mut a).poll(cx));
+        let (came, dialled) = tokio::select! {
+            both = async { tokio::join!(awaiting, dialling) } => both,
+            event = polled => panic!("{event:?}"),
+        };
+        assert_eq!((came.unwrap().0, dialled.unwrap().0), (id(2), id(1)));
+    }
+
+    #[tokio::test]
+    async fn who_is_not_there_costs_a_bounded_time() {
+        let (mut a, _) = listening(1).await;
+        // Bound, and silent.
+        let nobody = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let at = nobody.local_addr().unwrap();
+        let began = Instant::now();
+        for (options, limit) in [(DIAL, Duration::from_secs(4)), (PUNCH, PUNCH_TIME * 3)] {
+            let dialling = a.dial(quic(at), options).unwrap();
+            let failed = tokio::time::timeout(limit, dialling).await.expect("it ends");
+            assert!(failed.is_err(), "after {:?}", began.elapsed());
+        }
+        // Packets that open a hole are small and no QUIC.
+        nobody.set_read_timeout(Some(SOON)).unwrap();
+        let mut buffer = [0; 2048];
+        let poked = (0..1000).any(|_| {
+            let bytes = nobody.recv(&mut buffer).unwrap();
+            bytes == PUNCH_BYTES && buffer[0] & 0x40 == 0
+        });
+        assert!(poked);
+    }
+
+    #[tokio::test]
+    async fn addresses_that_lead_nowhere_are_refused_at_once() {
+        let (mut a, at) = listening(1).await;
+        for (address, supported) in [
+            ("/ip4/127.0.0.1/tcp/1", false),
+            ("/ip4/127.0.0.1/udp/0/quic-v1", false),
+            ("/ip4/0.0.0.0/udp/1/quic-v1", false),
+            ("/ip4/192.0.2.1/udp/1/quic-v1", true),
+        ] {
+            let refused = a.dial(address.parse().unwrap(), DIAL).map(|_| ()).unwrap_err();
+            let is_unsupported = matches!(refused, TransportError::MultiaddrNotSupported(_));
+            assert_eq!(is_unsupported, !supported, "{address}");
+        }
+        let id = ListenerId::next();
+        assert!(a.listen_on(id, quic(at)).is_err(), "it listens already");
+        let other = SocketAddr::new(at.ip(), 1);
+        assert!(QuicTransport::new(a.endpoint.clone()).listen_on(id, quic(other)).is_err());
+    }
+
+    #[tokio::test]
+    async fn closing_the_endpoint_ends_the_listener() {
+        let (mut a, at) = listening(1).await;
+        let endpoint = a.endpoint.clone();
+        endpoint.close("over").await;
+        match next(&mut a).await {
+            TransportEvent::ListenerClosed { reason, .. } => assert!(reason.is_err()),
+            other => panic!("{other:?}"),
+        }
+        drop((a, endpoint));
+        let freed = async {
+            // The tasks of the endpoint let go of the socket a moment later.
+            while std::net::UdpSocket::bind(at).is_err() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(SOON, freed).await.expect("the port is free again");
+    }
+
+    #[tokio::test]
+    async fn on_all_interfaces_their_addresses_are_announced() {
+        let endpoint = endpoint(1, "0.0.0.0:0");
+        let at = endpoint.address().unwrap();
+        let mut transport = QuicTransport::new(endpoint);
+        transport.listen_on(ListenerId::next(), quic(at)).unwrap();
+        let loopback = SocketAddr::from(([127, 0, 0, 1], at.port()));
+        // Every host has this one, in whatever order they come.
+        loop {
+            match next(&mut transport).await {
+                TransportEvent::NewAddress { listen_addr, .. } if listen_addr == quic(loopback) => {
+                    return;
+                }
+                TransportEvent::NewAddress { listen_addr, .. } => {
+                    let Some(Address::Direct(other)) = Address::of(&listen_addr) else {
+                        panic!("{listen_addr}");
+                    };
+                    assert!(other.port() == at.port() && !other.ip().is_unspecified());
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
 }
