@@ -82,6 +82,18 @@ fn invite_join_revoke_leave() {
     let authority = vine(&["authority"], b.path()).unwrap();
     assert_eq!(authority["root_key_here"], false);
     assert!(authority["nodes"].as_array().is_some_and(|n| !n.is_empty()), "{authority}");
+    // The overlay of both runs on their ports, and the two find each other there, too.
+    let overlay = (0..600).find_map(|_| {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        let overlay = vine(&["status"], b.path()).unwrap()["overlay"].clone();
+        (overlay["direct"] == 1).then_some(overlay)
+    });
+    let overlay = overlay.expect("the overlay connects the two within 30 s");
+    let (nat, relayed) = (&overlay["nat"], &overlay["relayed"]);
+    assert!(
+        *nat == "unknown" && *relayed == 0,
+        "nobody judges reachability on loopback: {overlay}"
+    );
     let left = vine(&["leave"], b.path()).unwrap();
     assert_eq!(left["left"], token["mesh"]);
     let mut second = second;

@@ -5,5 +5,6 @@ mod cli;
 mod hostile;
 mod joining;
 mod liars;
+mod planes;
 mod raw;
 mod support;
