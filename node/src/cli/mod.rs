@@ -66,7 +66,9 @@ fn block_on<T>(future: impl Future<Output = anyhow::Result<T>>) -> anyhow::Resul
 }
 
 fn start_log(cli: &Cli) -> anyhow::Result<()> {
-    let filter = tracing_subscriber::EnvFilter::try_new(&cli.log)
+    // libp2p's kad warns whenever it knows nobody, which is how every mesh begins. Who wants to hear it
+    // says so: what comes later counts.
+    let filter = tracing_subscriber::EnvFilter::try_new(format!("libp2p_kad=error,{}", cli.log))
         .map_err(|e| anyhow::anyhow!("--log {:?} is not a filter: {e}", cli.log))?;
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match cli.log_json {
