@@ -6,7 +6,7 @@ use std::time::Duration;
 /// Bounds towards other nodes. Each names what happens at it.
 #[derive(Clone, Debug)]
 pub struct MeshLimits {
-    /// Unit: connections in all, handshakes included; more are refused. Too small: members stay apart.
+    /// Unit: connections in all, handshakes and the overlay's included; more are refused. Too small: members stay apart.
     /// Too large: each costs some 100 KiB when idle.
     pub connections_max: usize,
     /// Unit: connections of one member; the oldest is closed. Two, because both sides may dial at once.

@@ -28,7 +28,9 @@ use thiserror::Error;
 use tokio::sync::{mpsc, oneshot};
 
 use super::address::{Address, peer_id, quic};
-use super::limits::{INTERFACES_MAX, PUNCH_BYTES, PUNCH_INTERVAL, PUNCH_TIME, PUNCHES_MAX};
+use super::limits::{
+    DIAL_TIME, INTERFACES_MAX, PUNCH_BYTES, PUNCH_INTERVAL, PUNCH_TIME, PUNCHES_MAX,
+};
 use super::muxer::Muxer;
 use crate::mesh::quic::{Endpoint, Link, LinkError};
 use crate::mesh::random;
@@ -203,7 +205,12 @@ impl Transport for QuicTransport {
         }
         let endpoint = self.endpoint.clone();
         let fresh = options.port_use == PortUse::New;
-        Ok(async move { upgrade(endpoint.dial_overlay(at, fresh).await?) }.boxed())
+        let dialling = async move {
+            let dialled = tokio::time::timeout(DIAL_TIME, endpoint.dial_overlay(at, fresh)).await;
+            let timeout = LinkError::Timeout { address: at, after: DIAL_TIME };
+            upgrade(dialled.unwrap_or(Err(timeout))?)
+        };
+        Ok(dialling.boxed())
     }
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Event> {
