@@ -70,7 +70,7 @@ pub const IDENTIFIES_PER_SECOND: u32 = 2;
 /// How often the overlay looks after its connections.
 pub const TICK: Duration = Duration::from_secs(1);
 
-/// Time for a dial, in which a handshake is sent three times. Too small: distant and busy hosts are not
+/// Time for a dial, in which a handshake is sent several times. Too small: distant and busy hosts are not
 /// reached. Too large: a member whose relay becomes known meanwhile waits for the address that is none.
 pub const DIAL_TIME: Duration = Duration::from_secs(4);
 
