@@ -119,9 +119,9 @@ impl Members {
         answered.ok().and_then(Result::ok).unwrap_or_default()
     }
 
-    /// Returns when the node is gone, or has been suspected for [`SILENCE_MAX`] without a break: on a
-    /// bad network healthy nodes are suspected for a moment now and then.
-    pub async fn lost(&self, node: NodeId) {
+    /// Returns when the node is gone, or has been suspected for [`silence_max`] without a break: on a
+    /// bad network healthy nodes are suspected for a moment now and then. `rtt` is its path's.
+    pub async fn lost(&self, node: NodeId, rtt: Duration) {
         let mut absent = self.absent.clone();
         loop {
             let state = absent.borrow_and_update().get(&node).copied();
@@ -130,7 +130,7 @@ impl Members {
             let is_open = match state {
                 Some(Absence::Gone) => return,
                 Some(Absence::Suspected) => {
-                    match tokio::time::timeout(SILENCE_MAX, changed).await {
+                    match tokio::time::timeout(silence_max(rtt), changed).await {
                         Ok(changed) => changed.is_ok(),
                         Err(_) => return,
                     }
@@ -369,9 +369,14 @@ const VIEW_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time to say farewell.
 pub(crate) const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
 const WAIT_MAX: Duration = Duration::from_secs(60);
-/// Suspicion after which nothing more is awaited from a node. Too small: streams of healthy nodes break
-/// on a network that loses packets. Too large: clients wait for nodes that hang.
-const SILENCE_MAX: std::time::Duration = std::time::Duration::from_millis(750);
+/// Suspicion after which nothing more is awaited from a node: time for a suspect to be heard of, on a
+/// path that loses packets. Too small: streams of healthy nodes break there. Too large: clients wait for
+/// nodes that hang.
+fn silence_max(rtt: Duration) -> Duration {
+    SILENCE_MIN + (rtt * 3).min(SILENCE_OF_RTT_MAX)
+}
+const SILENCE_MIN: Duration = Duration::from_millis(300);
+const SILENCE_OF_RTT_MAX: Duration = Duration::from_millis(700);
 
 #[cfg(test)]
 mod tests {

@@ -295,7 +295,10 @@ impl Roster {
     /// Returns when nothing is to be awaited from the node any more; see [`Members::lost`].
     pub(crate) async fn lost(&self, node: NodeId) {
         match self.started.get() {
-            Some(started) => started.members.lost(node).await,
+            Some(started) => {
+                let rtt = started.mesh.link(node).map_or(Duration::ZERO, |link| link.rtt());
+                started.members.lost(node, rtt).await;
+            }
             None => std::future::pending().await,
         }
     }

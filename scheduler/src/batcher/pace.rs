@@ -24,12 +24,12 @@ impl Pace {
     pub fn end_step(&mut self, now: Instant) {
         let took = now.saturating_since(self.began);
         match u32::try_from(self.prompt_tokens).unwrap_or(u32::MAX) {
-            0 => self.decode_step = Some(average(self.decode_step, took)),
+            0 => self.decode_step = Some(steady(self.decode_step, took)),
             n => {
                 // What the decodes of the step would have cost anyway is not the prompt's: with it, few
                 // prompt tokens would look dear and become ever fewer.
                 let added = took.saturating_sub(self.decode_step.unwrap_or_default()) / n;
-                self.prompt_token = Some(average(self.prompt_token, added));
+                self.prompt_token = Some(steady(self.prompt_token, added));
             }
         }
     }
@@ -68,11 +68,48 @@ impl Pace {
 }
 
 fn average(before: Option<Duration>, now: Duration) -> Duration {
-    before.map_or(now, |before| (before.saturating_mul(7).saturating_add(now)) / 8)
+    before.map_or(now, |before| before.saturating_mul(7).saturating_add(now) / 8)
+}
+
+/// The same for what is the pace of the next steps, too. A process that was stopped, or a disk that
+/// hung, made one step endless: that is no pace, and routers would send nothing here to correct it. A
+/// machine that did become slow is believed after a few steps.
+fn steady(before: Option<Duration>, now: Duration) -> Duration {
+    let most = before.map_or(now, |before| before.saturating_mul(OUTLIER).max(TICK));
+    average(before, now.min(most))
 }
 
 /// Prompts go on at this rate at least, however slow the machine: below it the weights are read for
 /// too little.
 const PROMPT_TOKENS_MIN: usize = 32;
+/// One measurement counts at most so many times the average before it.
+const OUTLIER: u32 = 4;
+/// What averages of nothing grow from.
+const TICK: Duration = Duration::from_micros(1);
 const RETRY_AFTER_MIN: Duration = Duration::from_secs(1);
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_endless_step_is_not_the_pace() {
+        let mut pace = Pace::default();
+        let mut now = Instant::ORIGIN;
+        let mut step = |pace: &mut Pace, took: Duration| {
+            pace.begin_step(now, 10);
+            now = now + took;
+            pace.end_step(now);
+        };
+        step(&mut pace, Duration::from_millis(10));
+        assert_eq!(pace.prompt_rate(), 1000);
+        step(&mut pace, Duration::from_secs(60));
+        assert!((700..1000).contains(&pace.prompt_rate()), "{}", pace.prompt_rate());
+        // A machine that is ten times as slow from now on is known for it soon.
+        for _ in 0..30 {
+            step(&mut pace, Duration::from_millis(100));
+        }
+        assert!((90..130).contains(&pace.prompt_rate()), "{}", pace.prompt_rate());
+    }
+}

@@ -1,5 +1,5 @@
 //! Small valid inputs for the fuzz targets, into `fuzz/corpus/TARGET/`: `cargo run -p grapevine-protocol
-//! --example seeds [FOLDER]`.
+//! --example wire_seeds [FOLDER]`.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
