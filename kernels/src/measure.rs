@@ -20,7 +20,7 @@ pub struct Peaks {
     pub int8_ops: Option<f64>,
 }
 
-/// Measures for about `budget` in all. Takes 128 MiB for each thread for the time of the call.
+/// Measures for about `budget` in all. Takes [`memory_bytes`] for the time of the call.
 pub fn measure(pool: &ThreadPool, isa: Isa, budget: Duration) -> Peaks {
     let share = budget / 3;
     let fma = |rounds: u64| flops_in_registers(isa, rounds);
@@ -30,6 +30,11 @@ pub fn measure(pool: &ThreadPool, isa: Isa, budget: Duration) -> Peaks {
         f32_flops: arithmetic(pool, share, &fma),
         int8_ops: (isa == Isa::Avx512).then(|| arithmetic(pool, share, &dot)),
     }
+}
+
+/// Memory that [`measure`] takes with so many threads: 128 MiB each.
+pub const fn memory_bytes(threads: usize) -> usize {
+    threads * WORDS_PER_THREAD * 8
 }
 
 fn memory(pool: &ThreadPool, budget: Duration) -> f64 {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kernels::isa::Isa;
-use kernels::measure::measure;
+use kernels::measure::{measure, memory_bytes};
 use kernels::pool::ThreadPool;
 use protocol::node_record::ReplicaState;
 use serde::{Deserialize, Serialize};
@@ -21,6 +21,15 @@ pub struct Measured {
     pub int8_ops_per_s: u64,
 }
 
+/// What is measured, and with what.
+pub struct Host {
+    /// Its CPU's name: with another one it is measured again.
+    pub cpu: String,
+    pub threads: usize,
+    /// Says how much memory is free at the moment.
+    pub free_bytes: fn() -> Option<usize>,
+}
+
 /// On whose hardware it was measured: elsewhere it says nothing.
 #[derive(Serialize, Deserialize)]
 struct Kept {
@@ -30,8 +39,9 @@ struct Kept {
 }
 
 /// Takes what was kept in `file` for this CPU and these threads, or measures as soon as no model loads
-/// or runs, and keeps it.
-pub(crate) async fn measure_when_idle(app: Arc<App>, file: PathBuf, cpu: String, threads: usize) {
+/// or runs, and keeps it. Where that would take much of the memory that is free, nothing is measured.
+pub(crate) async fn measure_when_idle(app: Arc<App>, file: PathBuf, host: Host) {
+    let Host { cpu, threads, free_bytes } = host;
     if let Some(measured) = kept(&file, &cpu, threads) {
         let _ = app.measured.set(measured);
         return;
@@ -48,6 +58,14 @@ pub(crate) async fn measure_when_idle(app: Arc<App>, file: PathBuf, cpu: String,
         if !busy {
             break;
         }
+    }
+    let needed = memory_bytes(threads);
+    if free_bytes().is_none_or(|free| needed > free / FREE_SHARE) {
+        tracing::info!(
+            needed,
+            "too little memory is free to measure this host: its record says nothing of it"
+        );
+        return;
     }
     let measuring = tokio::task::spawn_blocking(move || {
         let peaks = measure(&ThreadPool::new(threads), Isa::detect(), MEASURE_TIME);
@@ -73,6 +91,8 @@ fn kept(file: &Path, cpu: &str, threads: usize) -> Option<Measured> {
 
 /// Nodes of a few seconds, as in tests, are not measured; busy ones are looked at again after this.
 const IDLE_WAIT: Duration = Duration::from_secs(10);
+/// At most this part of the free memory is taken for it.
+const FREE_SHARE: usize = 8;
 /// For memory, f32 and int8 together.
 const MEASURE_TIME: Duration = Duration::from_millis(300);
 

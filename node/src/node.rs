@@ -15,7 +15,7 @@ use crate::accept;
 use crate::http::{self, App};
 use crate::ids::RequestIds;
 use crate::load;
-use crate::measured;
+use crate::measured::{self, Host};
 use crate::mesh::{MembersError, Mesh, Roster};
 use crate::metrics::Metrics;
 use crate::options::NodeOptions;
@@ -124,9 +124,9 @@ impl Node {
     }
 
     /// Measures the host's memory and arithmetic for the node record while nothing runs, and keeps the
-    /// result in `file`: with another `cpu` (its name) or number of threads it is measured again.
-    pub fn measure_when_idle(&self, file: PathBuf, cpu: String, threads: usize) {
-        tokio::spawn(measured::measure_when_idle(self.app.clone(), file, cpu, threads));
+    /// result in `file`.
+    pub fn measure_when_idle(&self, file: PathBuf, host: Host) {
+        tokio::spawn(measured::measure_when_idle(self.app.clone(), file, host));
     }
 
     /// Waits until every model is loaded and has made a step, or has failed to.

@@ -8,13 +8,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::Context;
 use engine::replica::{Event, Events, FinishReason, RequestError};
 use engine::sampler::SampledToken;
-use engine::tokenizer::Tokenizer;
-use engine::weights::GgufTokenizer;
 use node::mesh::{Mesh, MeshOptions, Roster};
 use node::replica::{Core, Stats, StepReport, Work};
 use node::{Loaded, ModelOptions, NodeOptions};
 use protocol::identity::{Invite, Roles};
 use protocol::{Instant, RequestId};
+
+use crate::byte_tokenizer::byte_tokenizer;
 
 /// Runs a node until the standard input ends; without a token one that has the model. Prints the API's
 /// address and a token.
@@ -109,34 +109,6 @@ impl Core for Clock {
     fn stats(&self) -> Stats {
         Stats { running: self.running.len(), ..Stats::default() }
     }
-}
-
-/// Three special tokens, then the 256 bytes.
-fn byte_tokenizer() -> Tokenizer {
-    let mut tokens: Vec<String> = ["<unk>", "<s>", "</s>"].map(String::from).to_vec();
-    tokens.extend((0..256).map(|b| format!("<0x{b:02X}>")));
-    let mut token_types = vec![2, 3, 3];
-    token_types.extend([6; 256]);
-    Tokenizer::from_gguf(&GgufTokenizer {
-        model: "llama".to_owned(),
-        pre: None,
-        scores: vec![0.0; tokens.len()],
-        tokens,
-        token_types,
-        merges: Vec::new(),
-        bos: Some(1),
-        eos: Some(2),
-        eot: None,
-        eom: None,
-        unk: Some(0),
-        sep: None,
-        pad: None,
-        add_bos: Some(true),
-        add_eos: Some(false),
-        add_space_prefix: Some(false),
-        remove_extra_whitespaces: Some(false),
-    })
-    .expect("a vocabulary of bytes is valid")
 }
 
 const VOCAB: usize = 259;

@@ -16,6 +16,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, bail, ensure};
 use clap::Parser;
 
+#[path = "../../tests/api/byte_tokenizer.rs"]
+mod byte_tokenizer;
 mod clock_replica;
 
 #[derive(Clone, Parser)]

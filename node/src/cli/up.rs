@@ -6,6 +6,7 @@ use super::model::{self, LoadedModel, ModelSpec, load};
 use super::system;
 use anyhow::{Context, bail};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use node::measured::Host;
 use node::mesh::{ControlRoutes, Mesh, Roster};
 use node::{ADMIN_KEY_VARIABLE, ApiKeys, HttpLimits, Loaded, ModelOptions, Node, NodeOptions};
 use serde::Deserialize;
@@ -133,7 +134,8 @@ pub async fn serve(served: Served, engine: &EngineArgs) -> anyhow::Result<Node> 
         node.join(mesh, roster, data)?;
         let threads = engine.threads.unwrap_or_else(model::default_threads);
         let cpu = system::cpu_name().unwrap_or_default();
-        node.measure_when_idle(data.join("measured.json"), cpu, threads);
+        let host = Host { cpu, threads, free_bytes: system::available_memory_bytes };
+        node.measure_when_idle(data.join("measured.json"), host);
     }
     tokio::select! {
         ready = node.ready() => ready?,

@@ -8,14 +8,14 @@ use std::sync::{Arc, Condvar, Mutex};
 use engine::chat::ChatTemplate;
 use engine::replica::{Event, Events, FinishReason, GenerateRequest, RequestError};
 use engine::sampler::SampledToken;
-use engine::tokenizer::Tokenizer;
-use engine::weights::GgufTokenizer;
 use node::replica::{Core, Stats, StepReport, Work};
 use node::{Loaded, ModelOptions, Node, NodeOptions};
 use protocol::{Duration, Instant, RequestId, TokenId};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+
+use crate::byte_tokenizer::byte_tokenizer;
 
 /// What a scripted replica says, again and again.
 pub const TEXT: &str = "one two ";
@@ -180,34 +180,6 @@ fn say(
         }
     }
     last
-}
-
-/// Three special tokens, then the 256 bytes.
-pub fn byte_tokenizer() -> Tokenizer {
-    let mut tokens: Vec<String> = ["<unk>", "<s>", "</s>"].map(String::from).to_vec();
-    tokens.extend((0..256).map(|b| format!("<0x{b:02X}>")));
-    let mut token_types = vec![2, 3, 3];
-    token_types.extend([6; 256]);
-    Tokenizer::from_gguf(&GgufTokenizer {
-        model: "llama".to_owned(),
-        pre: None,
-        scores: vec![0.0; tokens.len()],
-        tokens,
-        token_types,
-        merges: Vec::new(),
-        bos: Some(1),
-        eos: Some(2),
-        eot: None,
-        eom: None,
-        unk: Some(0),
-        sep: None,
-        pad: None,
-        add_bos: Some(true),
-        add_eos: Some(false),
-        add_space_prefix: Some(false),
-        remove_extra_whitespaces: Some(false),
-    })
-    .expect("a vocabulary of bytes is valid")
 }
 
 pub fn scripted(control: Arc<Control>) -> Loaded {

@@ -1,5 +1,6 @@
 //! A whole node over loopback, as its clients see it.
 
+mod byte_tokenizer;
 mod common;
 mod http;
 mod real;

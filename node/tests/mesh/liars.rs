@@ -65,6 +65,16 @@ impl Whole {
         panic!("not within 30 s: {what}: {:?}", self.line(node).await);
     }
 
+    async fn until_metric(&self, name: &str, least: u64) {
+        for _ in 0..600 {
+            if self.metric(name).await >= least {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        panic!("not within 30 s: {name} is {least}, but {}", self.metric(name).await);
+    }
+
     /// A number of `/metrics`.
     async fn metric(&self, name: &str) -> u64 {
         let mut stream = tokio::net::TcpStream::connect(self.node.address()).await.unwrap();
@@ -191,8 +201,10 @@ async fn a_farewell_and_an_address_in_the_name_of_another() {
     a.until("it says itself where it is", victim, corrected).await;
 
     // Nor do incarnations that nobody has reached stick.
+    const REFUSED: &str = "grapevine_membership_claims_refused_total{reason=\"jump\"}";
+    let refused = a.metric(REFUSED).await;
     scene.say(Update::Dead { id: victim, incarnation: 1 << 61 });
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    a.until_metric(REFUSED, refused + 1).await;
     let line = a.line(victim).await.unwrap();
     assert!(line.member.state.is_present() && line.member.incarnation < 1000, "{line:?}");
     assert_eq!(a.metric("grapevine_membership_deaths_total").await, 0);
@@ -209,13 +221,7 @@ async fn noise_of_a_member_is_counted_and_changes_nothing() {
             .mesh
             .send_datagram(scene.a.mesh.node(), [&[VERSION], &bytes[..]].concat().into());
     }
-    for _ in 0..200 {
-        if scene.a.metric("grapevine_membership_malformed_total").await >= before + 32 {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    assert!(scene.a.metric("grapevine_membership_malformed_total").await >= before + 32);
+    scene.a.until_metric("grapevine_membership_malformed_total", before + 32).await;
     let line = scene.a.line(scene.id()).await.unwrap();
     assert!(line.member.state.is_present());
 }
