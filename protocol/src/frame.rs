@@ -53,6 +53,17 @@ impl Kind {
     /// Further parts of a request or of a reply.
     pub const RPC_PART: Kind = Kind(35);
 
+    /// The first frame of a stream that asks for KV blocks ([`crate::transfer`]).
+    pub const KV_ASK: Kind = Kind(48);
+    pub const KV_ACCEPT: Kind = Kind(49);
+    pub const KV_REFUSAL: Kind = Kind(50);
+    pub const KV_PROGRESS: Kind = Kind(51);
+    /// The first frame of the stream that brings them.
+    pub const KV_STREAM: Kind = Kind(56);
+    /// Payloads that are no frames follow.
+    pub const KV_CHUNK: Kind = Kind(57);
+    pub const KV_COMMIT: Kind = Kind(58);
+
     /// Whether a node that does not know this kind may skip it.
     pub const fn is_optional(self) -> bool {
         self.0 & Self::OPTIONAL != 0

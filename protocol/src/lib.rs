@@ -14,6 +14,7 @@ pub mod node_record;
 pub mod random;
 pub mod records;
 mod time;
+pub mod transfer;
 pub mod wire;
 
 #[cfg(feature = "api")]
