@@ -15,7 +15,7 @@ use crate::{BlockHash, BlockId};
 /// refers to it may write it. A block with a name is never written again.
 ///
 /// Owns numbers, never bytes. Every operation but [`match_prefix`](Self::match_prefix) takes constant
-/// time and none of the lists allocates. Misuse (releasing what is not held, naming what is shared)
+/// time for each block and none of the lists allocates. Misuse (releasing what is not held, naming what is shared)
 /// panics: it is an error of the caller that would let one sequence read another's keys.
 #[derive(Debug)]
 pub struct BlockPool {
@@ -37,7 +37,7 @@ pub struct Allocated {
     pub evicted: Option<BlockHash>,
 }
 
-/// What [`BlockPool::commit`] made of a filled block.
+/// What [`BlockPool::commit`] and [`BlockPool::attach`] made of a filled block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Committed {
     /// The block is found under its name from now on.
@@ -112,6 +112,16 @@ impl BlockPool {
         Some(Allocated { block: BlockId(block), evicted: Some(hash) })
     }
 
+    /// `n` blocks as [`allocate`](Self::allocate) gives them, or none at all: room for what will come
+    /// from elsewhere. The names forgotten for them are appended to `evicted`.
+    pub fn reserve(&mut self, n: usize, evicted: &mut Vec<BlockHash>) -> Option<Vec<BlockId>> {
+        if n > self.available() {
+            return None;
+        }
+        let allocated = (0..n).map(|_| self.allocate().expect("there are as many"));
+        Some(allocated.inspect(|a| evicted.extend(a.evicted)).map(|a| a.block).collect())
+    }
+
     /// Takes back one reference. The last one makes the block cached if it has a name, free if not.
     /// Release a sequence's blocks last to first, so that the end of a prefix is forgotten before the
     /// beginning.
@@ -131,8 +141,14 @@ impl BlockPool {
     /// Names a block that the caller has filled, and ends the claim of `owner` on that name. The
     /// caller holds the only reference.
     pub fn commit(&mut self, block: BlockId, hash: BlockHash, owner: SequenceId) -> Committed {
-        assert!(self.is_writable(block), "block {} is named but not the caller's own", block.0);
         self.unclaim(&hash, owner);
+        self.attach(block, hash)
+    }
+
+    /// Names a block whose bytes came from elsewhere and are verified. The caller holds the only
+    /// reference. A claim on the name stays its owner's: who computes it finds it there.
+    pub fn attach(&mut self, block: BlockId, hash: BlockHash) -> Committed {
+        assert!(self.is_writable(block), "block {} is named but not the caller's own", block.0);
         if let Some(&canonical) = self.index.get(&hash) {
             self.retain(canonical);
             self.release(block);

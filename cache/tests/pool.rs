@@ -9,6 +9,10 @@ use protocol::SequenceId;
 #[derive(Clone, Copy, Debug)]
 enum Op {
     Allocate,
+    /// So many blocks or none.
+    Reserve(usize),
+    /// One of the references held, under one of a few names, whoever claims that.
+    Attach(usize, u8),
     /// One of the references held.
     Release(usize),
     /// One of the references held, under one of a few names.
@@ -64,6 +68,7 @@ impl Model {
     fn apply(&mut self, pool: &mut BlockPool, op: Op) {
         match op {
             Op::Allocate => self.allocate(pool),
+            Op::Reserve(n) => self.reserve(pool, n),
             Op::Release(which) if !self.held.is_empty() => {
                 let block = self.held.swap_remove(which % self.held.len());
                 pool.release(block);
@@ -71,9 +76,13 @@ impl Model {
             }
             Op::Commit(which, name) if !self.held.is_empty() => {
                 let at = which % self.held.len();
-                self.commit(pool, at, name);
+                self.commit(pool, at, name, Some(SequenceId(u64::from(name % 3))));
             }
-            Op::Release(_) | Op::Commit(..) => {}
+            Op::Attach(which, name) if !self.held.is_empty() => {
+                let at = which % self.held.len();
+                self.commit(pool, at, name, None);
+            }
+            Op::Release(_) | Op::Commit(..) | Op::Attach(..) => {}
             Op::Match(from, n) => {
                 let names: Vec<_> = (from..from + n).map(hash).collect();
                 let found: Vec<_> = names.iter().map_while(|name| self.find(name)).collect();
@@ -111,16 +120,40 @@ impl Model {
         self.held.push(allocated.block);
     }
 
-    fn commit(&mut self, pool: &mut BlockPool, at: usize, name: u8) {
+    fn reserve(&mut self, pool: &mut BlockPool, n: usize) {
+        let mut cached: Vec<_> =
+            self.blocks.iter().filter(|b| b.references == 0 && b.hash.is_some()).collect();
+        cached.sort_by_key(|b| b.released);
+        let free = self.count(|b| b.references == 0 && b.hash.is_none());
+        let names: Vec<_> = cached.iter().take(n.saturating_sub(free)).map(|b| b.hash).collect();
+        let room = free + cached.len();
+        let mut evicted = Vec::new();
+        let Some(blocks) = pool.reserve(n, &mut evicted) else {
+            assert!(room < n && evicted.is_empty(), "there was room");
+            return;
+        };
+        assert_eq!((blocks.len(), evicted.into_iter().map(Some).collect()), (n, names));
+        for &block in &blocks {
+            let block = self.block(block);
+            (block.references, block.hash) = (1, None);
+        }
+        self.held.extend(blocks);
+    }
+
+    /// With an owner as a commit, without one as an attach.
+    fn commit(&mut self, pool: &mut BlockPool, at: usize, name: u8, owner: Option<SequenceId>) {
         let block = self.held[at];
         let own = self.block(block).references == 1 && self.block(block).hash.is_none();
         assert_eq!(pool.is_writable(block), own);
         if !own {
             return;
         }
-        let (name, owner) = (hash(name), u64::from(name % 3));
-        let committed = pool.commit(block, name, SequenceId(owner));
-        if self.pending.get(&name) == Some(&SequenceId(owner)) {
+        let name = hash(name);
+        let committed = match owner {
+            Some(owner) => pool.commit(block, name, owner),
+            None => pool.attach(block, name),
+        };
+        if owner.is_some() && self.pending.get(&name).copied() == owner {
             self.pending.remove(&name);
         }
         match self.find(&name) {
@@ -180,6 +213,8 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
     let name = || 0..NAMES;
     let op = prop_oneof![
         4 => Just(Op::Allocate),
+        1 => (0..6usize).prop_map(Op::Reserve),
+        2 => (any::<usize>(), name()).prop_map(|(which, name)| Op::Attach(which, name)),
         4 => any::<usize>().prop_map(Op::Release),
         3 => (any::<usize>(), name()).prop_map(|(which, name)| Op::Commit(which, name)),
         2 => (name(), 0..4u8).prop_map(|(from, n)| Op::Match(from, n)),
