@@ -15,5 +15,7 @@ pub mod oracle;
 pub mod queue;
 pub mod quic;
 pub mod scenario;
+pub mod streams;
+pub mod transfer;
 pub mod vine;
 pub mod world;

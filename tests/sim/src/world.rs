@@ -58,6 +58,16 @@ pub struct Seen {
     pub reachable: bool,
 }
 
+/// What [`World::step`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    Ran,
+    /// The fault of that number is due.
+    Fault(u32),
+    /// Nothing is left until then.
+    Idle,
+}
+
 pub struct World<A> {
     pub nodes: Vec<Node<A>>,
     pub net: Network,
@@ -203,18 +213,30 @@ impl<A: Actor> World<A> {
 
     /// Runs until then. Returns early with the number of a fault that is due.
     pub fn run_until(&mut self, until: u64) -> Option<u32> {
-        while let Some((at, event)) = self.queue.pop(until) {
-            self.now = at;
-            self.events += 1;
-            match event {
-                Event::Deliver(packet) => self.deliver(packet),
-                Event::Wake(node) => self.wake(node),
-                Event::Resume(node) => self.resume(node),
-                Event::Fault(number) => return Some(number),
+        loop {
+            match self.step(until) {
+                Step::Ran => {}
+                Step::Fault(number) => return Some(number),
+                Step::Idle => return None,
             }
         }
-        self.now = self.now.max(until);
-        None
+    }
+
+    /// Lets one thing happen, if there is one until then.
+    pub fn step(&mut self, until: u64) -> Step {
+        let Some((at, event)) = self.queue.pop(until) else {
+            self.now = self.now.max(until);
+            return Step::Idle;
+        };
+        self.now = at;
+        self.events += 1;
+        match event {
+            Event::Deliver(packet) => self.deliver(packet),
+            Event::Wake(node) => self.wake(node),
+            Event::Resume(node) => self.resume(node),
+            Event::Fault(number) => return Step::Fault(number),
+        }
+        Step::Ran
     }
 
     pub fn up(&self) -> impl Iterator<Item = NodeIndex> {
@@ -349,7 +371,8 @@ impl<A: Actor> World<A> {
         self.seen.push(seen);
     }
 
-    fn schedule_wake(&mut self, node: NodeIndex) {
+    /// Looks anew at when a node's timer is due: its actor was changed from outside.
+    pub fn schedule_wake(&mut self, node: NodeIndex) {
         let host = &mut self.nodes[node as usize];
         let Some(due) = host.actor.as_ref().and_then(|a| a.next_deadline()) else { return };
         let at = host.clock.world_at(due).max(self.now);

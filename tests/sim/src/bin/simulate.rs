@@ -1,11 +1,13 @@
 //! Runs scenario files and seeds of mixed faults, and replays one that failed.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use clap::{Parser, Subcommand};
 use protocol::membership::MemberView;
 use sim::scenario::{Outcome, Scenario};
+use sim::transfer::{Counts, EVENT_FAULTS, Fate, Plan, at_event, events_of_hand_off};
 use sim::vine::{SimContact, SimId};
 use sim::world::SECOND;
 
@@ -42,6 +44,22 @@ enum Command {
     Replay { seed: u64 },
     /// Prints a seed of mixed faults as a scenario file, to be kept.
     Export { seed: u64 },
+    /// Hand-offs of KV blocks: seeds of mixed faults.
+    Transfer {
+        #[arg(long, default_value_t = 0)]
+        first: u64,
+        #[arg(long, default_value_t = 100)]
+        count: u64,
+    },
+    /// Hand-offs of KV blocks: every fault at every event of one hand-off, for some seeds.
+    TransferEvents {
+        #[arg(long, default_value_t = 0)]
+        first: u64,
+        #[arg(long, default_value_t = 1)]
+        count: u64,
+    },
+    /// Hand-offs of KV blocks: one seed of mixed faults, its plan and what became of its requests.
+    TransferReplay { seed: u64 },
 }
 
 fn main() -> anyhow::Result<()> {
@@ -83,6 +101,19 @@ fn main() -> anyhow::Result<()> {
             print!("{}", Scenario::mixed(seed).to_text()?);
             Ok(())
         }
+        Command::Transfer { first, count } => transfers(first, count),
+        Command::TransferEvents { first, count } => transfer_events(first, count),
+        Command::TransferReplay { seed } => {
+            let plan = Plan::mixed(seed, None);
+            let outcome = plan.run(false);
+            for planned in &plan.actions {
+                println!("{:9.3} ms  {:?}", planned.at_ms, planned.action);
+            }
+            outcome.fates.iter().for_each(|(request, fate)| println!("{request}: {fate:?}"));
+            println!("{:#?}", outcome.counts);
+            ensure!(outcome.broken.is_empty(), "{}", outcome.broken.join("\n"));
+            Ok(())
+        }
         Command::Replay { seed } => {
             let scenario = Scenario::mixed(seed);
             let outcome = scenario.simulate(false);
@@ -91,6 +122,46 @@ fn main() -> anyhow::Result<()> {
             scenario.judge(&outcome)
         }
     }
+}
+
+fn transfers(first: u64, count: u64) -> anyhow::Result<()> {
+    let (mut failed, mut events, mut sum) = (0, 0, Counts::default());
+    let mut fates = BTreeMap::<&str, u64>::new();
+    for seed in first..first + count {
+        let outcome = Plan::mixed(seed, None).run(false);
+        events += outcome.events;
+        sum.add(&outcome.counts);
+        for (_, fate) in &outcome.fates {
+            *fates.entry(fate.map_or("waiting", Fate::word)).or_default() += 1;
+        }
+        if !outcome.broken.is_empty() {
+            failed += 1;
+            println!("seed {seed}: {}", outcome.broken.join("; "));
+        }
+    }
+    println!("{sum:#?}\nrequests: {fates:?}");
+    println!("{count} seeds from {first}, {events} events, {failed} failed");
+    ensure!(failed == 0, "{failed} seeds failed");
+    Ok(())
+}
+
+fn transfer_events(first: u64, count: u64) -> anyhow::Result<()> {
+    let (mut runs, mut failed, mut events) = (0, 0, 0);
+    for seed in first..first + count {
+        let last = events_of_hand_off(seed);
+        for (event, fault) in (0..=last).flat_map(|e| EVENT_FAULTS.map(|fault| (e, fault))) {
+            let outcome = at_event(seed, event, fault, false);
+            (runs, events) = (runs + 1, events + outcome.events);
+            if !outcome.broken.is_empty() {
+                failed += 1;
+                let broken = outcome.broken.join("; ");
+                println!("seed {seed}, {fault:?} after event {event} of {last}: {broken}");
+            }
+        }
+    }
+    println!("{runs} runs of {count} seeds from {first}, {events} events, {failed} failed");
+    ensure!(failed == 0, "{failed} runs failed");
+    Ok(())
 }
 
 fn print_trace(scenario: &Scenario, outcome: &Outcome) {

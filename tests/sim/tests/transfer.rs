@@ -1,0 +1,82 @@
+//! Hand-offs of KV blocks under faults; docs/kv-transfer.md.
+
+use sim::transfer::{Counts, EVENT_FAULTS, Fate, Plan, Sabotage, at_event, events_of_hand_off};
+
+#[test]
+fn mixed_faults_end_in_right_tokens_and_nothing_left() {
+    let (mut failed, mut counts, mut right) = (Vec::new(), Counts::default(), 0);
+    for seed in 0..SEEDS {
+        let outcome = Plan::mixed(seed, None).run(false);
+        if !outcome.broken.is_empty() {
+            failed.push(format!("seed {seed}: {}", outcome.broken.join("; ")));
+        }
+        counts.add(&outcome.counts);
+        let is_right = |fate: &Option<Fate>| matches!(fate, Some(Fate::Right { .. }));
+        right += outcome.fates.iter().filter(|(_, fate)| is_right(fate)).count();
+    }
+    assert!(failed.is_empty(), "`simulate transfer-replay SEED`\n{}", failed.join("\n"));
+    // What the machines must survive has happened.
+    for error in ["Refused", "Exhausted", "Unanswered", "Silent", "Lost", "Corrupt"] {
+        assert!(counts.failed.keys().any(|k| k.starts_with(error)), "no {error}: {counts:?}");
+    }
+    for end in ["Complete", "Incomplete", "NoRoom", "Deadline", "Cancelled"] {
+        assert!(counts.handoffs.contains_key(end), "no {end}: {counts:?}");
+    }
+    let used = counts.fetched > 10 * SEEDS && counts.resumed > 0 && counts.stopped_streams > 0;
+    assert!(used && right > 5 * SEEDS as usize, "{right} right, {counts:?}");
+}
+
+#[test]
+fn every_fault_at_every_event() {
+    let mut failed = Vec::new();
+    for seed in 0..HAND_OFFS {
+        let last = events_of_hand_off(seed);
+        assert!(last > 60, "{last} events");
+        for (event, fault) in (0..=last).flat_map(|e| EVENT_FAULTS.map(|fault| (e, fault))) {
+            let broken = at_event(seed, event, fault, false).broken;
+            if !broken.is_empty() {
+                let broken = broken.join("; ");
+                failed.push(format!("seed {seed}, {fault:?} after event {event}: {broken}"));
+            }
+        }
+    }
+    assert!(failed.is_empty(), "{} runs:\n{}", failed.len(), failed.join("\n"));
+}
+
+#[test]
+fn the_same_seed_gives_the_same_bytes() {
+    let bytes = |seed| Plan::mixed(seed, None).run(true).transcript.expect("kept");
+    for seed in [1, 2, 3] {
+        assert!(bytes(seed) == bytes(seed), "seed {seed}: two runs differ");
+    }
+    assert!(bytes(1) != bytes(2) && bytes(1).len() > 10_000);
+    let one = || at_event(5, 40, EVENT_FAULTS[0], true).transcript.expect("kept");
+    assert!(one() == one());
+}
+
+/// Each wrong that a shell could do is seen by an oracle, within a few seeds.
+#[test]
+fn the_oracles_see_every_sabotage() {
+    for (sabotage, sign) in [
+        (Sabotage::AttachUnverified, "wrong token"),
+        (Sabotage::ReadBeforeCommit, "read uncommitted"),
+        (Sabotage::IgnoreAttempt, "bytes of a past attempt"),
+        (Sabotage::SkipTenant, "in a sequence of"),
+        (Sabotage::WriterOutlivesStop, "changed hands"),
+        (Sabotage::ReaderOutlivesStop, "freed while read"),
+        (Sabotage::UnpinBeforeSent, "while read"),
+        (Sabotage::DeafToTimers, "waits past its deadline"),
+        (Sabotage::KeepBlocks, "blocks in use are left"),
+        (Sabotage::NeverFree, "blocks in use are left"),
+    ] {
+        let seen = (0..SABOTAGE_SEEDS).any(|seed| {
+            let broken = Plan::mixed(seed, Some(sabotage)).run(false).broken;
+            broken.iter().any(|what| what.contains(sign))
+        });
+        assert!(seen, "{sabotage:?} was not seen in {SABOTAGE_SEEDS} seeds");
+    }
+}
+
+const SEEDS: u64 = 400;
+const HAND_OFFS: u64 = 3;
+const SABOTAGE_SEEDS: u64 = 400;
