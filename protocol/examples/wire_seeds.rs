@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use protocol::forward::{Endpoint, Forward, ForwardReply};
-use protocol::frame::Frame;
+use protocol::frame::{Frame, Kind};
 use protocol::identity::greeting::{Greeting, GreetingInput, GreetingOutput};
 use protocol::identity::join::{
     ChannelBinding, Contact, Issuer, IssuerInput, IssuerOutput, IssuerPlace, Joiner, JoinerInput,
@@ -15,6 +15,10 @@ use protocol::identity::{Invite, NodeKey, Roles, Trust, UnixTime};
 use protocol::membership::Addresses;
 use protocol::membership::wire::{BUCKETS, Body, Datagram, FLAG_UNKNOWN, Update, VERSION};
 use protocol::node_record::{NodeRecord, ReplicaRecord, ReplicaState};
+use protocol::transfer::{
+    KvAsk, KvChunk, KvCommit, KvDtype, KvEnd, KvFirstToken, KvFormat, KvProgress, KvRefusal,
+    KvStream, KvWork,
+};
 use protocol::{Instant, Machine, NodeId};
 
 const NOW: UnixTime = UnixTime(1_800_000_000);
@@ -31,7 +35,8 @@ fn main() -> std::io::Result<()> {
     put(&corpus, "token", &[invite(&trust()).to_string().into_bytes()])?;
     put(&corpus, "datagram", &datagrams())?;
     put(&corpus, "records", &records())?;
-    put(&corpus, "forward", &heads())
+    put(&corpus, "forward", &heads())?;
+    put(&corpus, "transfer", &transfers())
 }
 
 fn put(corpus: &Path, target: &str, seeds: &[Vec<u8>]) -> std::io::Result<()> {
@@ -218,4 +223,43 @@ fn heads() -> Vec<Vec<u8>> {
         reply(Some("rate_limited")).to_bytes(),
         reply(None).to_bytes(),
     ]
+}
+
+/// One of each frame of a transfer.
+fn transfers() -> Vec<Vec<u8>> {
+    let format = KvFormat {
+        identity: [7; 32],
+        layer_first: 0,
+        layers: 24,
+        block_tokens: 16,
+        dtype: KvDtype::F16,
+        block_bytes: 196_608,
+    };
+    let ask = |work| KvAsk {
+        request: u128::MAX / 3,
+        attempt: 300,
+        format,
+        first: 2,
+        wanted: vec![[9; 32]; 3],
+        deadline_ms: 5000,
+        work,
+    };
+    let prefill = KvWork::Prefill {
+        tenant: "acme".to_owned(),
+        tokens: vec![1, 300, 70_000],
+        priority: -1,
+        first_token: KvFirstToken::Greedy,
+    };
+    let end = Some(KvEnd { first_token: Some(6) });
+    let frames = [
+        Frame::new(Kind::KV_ASK, &ask(KvWork::Cached)),
+        Frame::new(Kind::KV_ASK, &ask(prefill)),
+        Frame::new(Kind::KV_ACCEPT, &()),
+        Frame::new(Kind::KV_REFUSAL, &KvRefusal::OtherDtype { theirs: KvDtype::Bf16 }),
+        Frame::new(Kind::KV_PROGRESS, &KvProgress { ready: 300 }),
+        Frame::new(Kind::KV_STREAM, &KvStream { request: 7, attempt: 300 }),
+        Frame::new(Kind::KV_CHUNK, &KvChunk { first: 4, blocks: 2 }),
+        Frame::new(Kind::KV_COMMIT, &KvCommit { first: 4, digests: vec![[8; 32]; 2], end }),
+    ];
+    frames.iter().map(Frame::encode).collect()
 }
