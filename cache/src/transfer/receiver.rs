@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use protocol::frame::{Frame, Kind};
 use protocol::transfer::{
-    self, KV_BLOCKS_MAX, KvAsk, KvChunk, KvCommit, KvFirstToken, KvFrameError, KvProgress,
-    KvRefusal, KvStream, KvWork,
+    self, KV_BLOCKS_MAX, KV_TOKENS_MAX, KvAsk, KvChunk, KvCommit, KvFirstToken, KvFrameError,
+    KvProgress, KvRefusal, KvStream, KvWork,
 };
 use protocol::{Instant, Machine, NodeId, RequestId, TenantId, TokenId};
 
@@ -153,6 +153,8 @@ pub enum Rejection {
     Blocks { blocks: usize, max: usize },
     #[error("{sources} peers are named, 1 to {SOURCES_MAX} are allowed")]
     Sources { sources: usize },
+    #[error("the prompt has {tokens} tokens, at most {KV_TOKENS_MAX} can be sent")]
+    Tokens { tokens: usize },
 }
 
 /// Why an attempt brought no more blocks. Those that were committed before stay.
@@ -230,6 +232,8 @@ struct Attempt {
     peer: NodeId,
     /// Missing blocks that were verified when it began: number 0 on its wire.
     base: usize,
+    /// There is a first token to wait for when all blocks are there.
+    wants_token: bool,
     accepted: bool,
     heard: Instant,
     stream: Option<StreamId>,
@@ -289,6 +293,11 @@ impl Receiver {
         if !(1..=SOURCES_MAX).contains(&sources) {
             return Err(Rejection::Sources { sources });
         }
+        let tokens = handoff.prompt.tokens.len();
+        let prefills = handoff.sources.iter().any(|source| source.prefill);
+        if prefills && !(1..=KV_TOKENS_MAX).contains(&tokens) {
+            return Err(Rejection::Tokens { tokens });
+        }
         if self.active.contains_key(&handoff.request) {
             return Err(Rejection::Twice);
         }
@@ -339,6 +348,7 @@ impl Receiver {
                 first_token: prompt.first_token,
             },
         };
+        let wants_token = prefill && prompt.first_token != KvFirstToken::Receiver;
         let left_ms = handoff.deadline.saturating_since(now).as_millis();
         let ask = KvAsk {
             request: request.0,
@@ -355,6 +365,7 @@ impl Receiver {
             id,
             peer,
             base: active.verified,
+            wants_token,
             accepted: false,
             heard: now,
             stream: None,
@@ -476,7 +487,7 @@ impl Receiver {
                 return Err(unexpected);
             }
         };
-        let (from, n) = (active.verified, written.len());
+        let (from, n, wants_token) = (active.verified, written.len(), attempt.wants_token);
         if commit.digests.len() != n || commit.first as usize != from - attempt.base {
             return Err(unexpected);
         }
@@ -490,17 +501,16 @@ impl Receiver {
             out.push(ReceiverOutput::Attach { request, blocks });
             active.verified += n;
         }
-        match commit.end {
-            None => Ok(()),
+        let first_token = match commit.end {
             Some(_) if active.verified < active.handoff.missing.len() => {
-                Err(AttemptError::Exhausted)
+                return Err(AttemptError::Exhausted);
             }
-            Some(end) => {
-                let outcome = HandOffOutcome::Complete { first_token: end.first_token };
-                self.end(request, outcome, out);
-                Ok(())
-            }
-        }
+            Some(end) => end.first_token,
+            None if active.verified < active.handoff.missing.len() || wants_token => return Ok(()),
+            None => None,
+        };
+        self.end(request, HandOffOutcome::Complete { first_token }, out);
+        Ok(())
     }
 
     /// The writer of that stream has ended, with these digests if it came to its end.

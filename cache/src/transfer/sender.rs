@@ -154,7 +154,7 @@ struct Transfer {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
     Serving,
-    /// The last commit was sent; waits for the receiver to say that it has all. Pins nothing.
+    /// The last commit was sent; waits for the receiver to say that it has it. Pins nothing.
     Closing,
     /// Over, but its pages are still being read.
     Stopping(SenderOutcome),
@@ -204,8 +204,9 @@ impl Sender {
     fn check(&self, frame: &Frame) -> Result<KvAsk, KvRefusal> {
         let ask = KvAsk::from_frame(frame).map_err(|_| KvRefusal::Protocol)?;
         self.config.format.check(&ask.format)?;
-        if ask.wanted.len() > self.config.blocks_max {
-            return Err(KvRefusal::TooMany { max: self.config.blocks_max as u32 });
+        let max = self.config.blocks_max.min(self.config.blocks_pinned_max);
+        if ask.wanted.len() > max {
+            return Err(KvRefusal::TooMany { max: max as u32 });
         }
         if matches!(ask.work, KvWork::Prefill { .. }) && !self.config.prefills {
             return Err(KvRefusal::NoPrefill);
@@ -401,7 +402,8 @@ impl Sender {
 
     fn on_control_closed(&mut self, id: TransferId, finished: bool, out: &mut Vec<SenderOutput>) {
         let Some(transfer) = self.transfers.get(&id) else { return };
-        let outcome = match finished && transfer.phase == Phase::Closing {
+        let all = transfer.phase == Phase::Closing || transfer.sent == transfer.names.len();
+        let outcome = match finished && all {
             true => SenderOutcome::Complete,
             false => SenderOutcome::Closed,
         };

@@ -5,7 +5,7 @@ use cache::transfer::{
     Source, StreamId, Violation,
 };
 use protocol::frame::{Frame, Kind};
-use protocol::transfer::{KvAsk, KvFrameError, KvProgress, KvRefusal, KvWork};
+use protocol::transfer::{KV_TOKENS_MAX, KvAsk, KvFrameError, KvProgress, KvRefusal};
 use protocol::{Instant, Machine, RequestId};
 
 use super::*;
@@ -82,16 +82,45 @@ fn attach(range: std::ops::Range<u8>) -> ReceiverOutput {
     ReceiverOutput::Attach { request: REQUEST, blocks: pages }
 }
 
+/// Asks node 1 alone for two blocks, and has them, but not the end.
+fn whole_but_for_the_end(prefill: bool, first_token: KvFirstToken) -> Vec<ReceiverOutput> {
+    let mut bench = Bench::new();
+    let mut handoff = handoff(2);
+    handoff.sources = vec![Source { peer: node(1), prefill }];
+    handoff.prompt.first_token = first_token;
+    bench.give(ReceiverInput::Start(handoff));
+    bench.give(ReceiverInput::Reserved { request: REQUEST, blocks: blocks(10..12) });
+    bench.data(header(REQUEST, 0));
+    bench.data(chunk(0, 2));
+    bench.written(0..2);
+    bench.data(commit(0, 0..2, None))
+}
+
+#[test]
+fn only_who_wants_a_token_waits_for_it() {
+    let done = [
+        attach(0..2),
+        close(FIRST, true),
+        ended(2, HandOffOutcome::Complete { first_token: None }),
+    ];
+    assert_eq!(whole_but_for_the_end(false, KvFirstToken::Greedy), done);
+    assert_eq!(whole_but_for_the_end(true, KvFirstToken::Receiver), done);
+    assert_eq!(whole_but_for_the_end(true, KvFirstToken::Greedy), [attach(0..2)]);
+}
+
 #[test]
 fn a_whole_hand_off() {
     let mut bench = Bench::new();
-    let out = bench.give(ReceiverInput::Start(handoff(3)));
+    let out = bench.give(ReceiverInput::Start(HandOff {
+        sources: vec![Source { peer: node(1), prefill: true }],
+        ..handoff(3)
+    }));
     assert_eq!(out, [ReceiverOutput::Reserve { request: REQUEST, blocks: 3 }]);
     let out = bench.give(ReceiverInput::Reserved { request: REQUEST, blocks: blocks(10..13) });
     let (attempt, peer, ask) = Bench::asked(&out);
     assert_eq!((attempt, peer, out.len()), (FIRST, node(1), 1));
     assert_eq!((ask.request, ask.attempt, ask.first, ask.deadline_ms), (7, 0, 3, 1000));
-    assert_eq!((ask.wanted, ask.work), (vec![[0; 32], [1; 32], [2; 32]], KvWork::Cached));
+    assert_eq!((ask.wanted, ask.work), (vec![[0; 32], [1; 32], [2; 32]], prefill()));
     assert_eq!(ask.format, format());
 
     assert_eq!(bench.control(Kind::KV_ACCEPT, &()), []);
@@ -327,6 +356,9 @@ fn nothing_is_begun_without_room() {
     let source = Source { peer: node(1), prefill: true };
     let many = HandOff { sources: vec![source; 9], ..handoff(1) };
     rejected(&mut bench, many, Rejection::Sources { sources: 9 });
+    let mut long = handoff(1);
+    long.prompt.tokens = vec![0; KV_TOKENS_MAX + 1];
+    rejected(&mut bench, long, Rejection::Tokens { tokens: KV_TOKENS_MAX + 1 });
     bench.give(ReceiverInput::Start(handoff(1)));
     rejected(&mut bench, handoff(1), Rejection::Twice);
     let another = |n| HandOff { request: RequestId(n), ..handoff(1) };
