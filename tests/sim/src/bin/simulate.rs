@@ -7,7 +7,7 @@ use anyhow::{Context, bail, ensure};
 use clap::{Parser, Subcommand};
 use protocol::membership::MemberView;
 use sim::scenario::{Outcome, Scenario};
-use sim::transfer::{Counts, EVENT_FAULTS, Fate, Plan, at_event, events_of_hand_off};
+use sim::transfer::{Counts, Fate, Plan, event_faults, with_faults};
 use sim::vine::{SimContact, SimId};
 use sim::world::SECOND;
 
@@ -51,7 +51,8 @@ enum Command {
         #[arg(long, default_value_t = 100)]
         count: u64,
     },
-    /// Hand-offs of KV blocks: every fault at every event of one hand-off, for some seeds.
+    /// Hand-offs of KV blocks: every fault at every event of one hand-off, and of one whose first sender
+    /// has failed, for some seeds.
     TransferEvents {
         #[arg(long, default_value_t = 0)]
         first: u64,
@@ -148,14 +149,13 @@ fn transfers(first: u64, count: u64) -> anyhow::Result<()> {
 fn transfer_events(first: u64, count: u64) -> anyhow::Result<()> {
     let (mut runs, mut failed, mut events) = (0, 0, 0);
     for seed in first..first + count {
-        let last = events_of_hand_off(seed);
-        for (event, fault) in (0..=last).flat_map(|e| EVENT_FAULTS.map(|fault| (e, fault))) {
-            let outcome = at_event(seed, event, fault, false);
+        for faults in event_faults(seed, true) {
+            let outcome = with_faults(seed, &faults, false);
             (runs, events) = (runs + 1, events + outcome.events);
             if !outcome.broken.is_empty() {
                 failed += 1;
                 let broken = outcome.broken.join("; ");
-                println!("seed {seed}, {fault:?} after event {event} of {last}: {broken}");
+                println!("seed {seed}, {faults:?}: {broken}");
             }
         }
     }

@@ -14,5 +14,6 @@ pub use ledger::{Counts, Fate, Ledger};
 pub use model::{Model, Prompt};
 pub use node::{Command, KvNode, NodeSetup, Sabotage};
 pub use scenario::{
-    Action, EVENT_FAULTS, EventFault, Outcome, Plan, PlannedAction, at_event, events_of_hand_off,
+    Action, EVENT_FAULTS, EventFault, EventFaultAt, Outcome, Plan, PlannedAction, event_faults,
+    events_of_hand_off, with_faults,
 };

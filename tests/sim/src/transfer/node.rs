@@ -10,7 +10,7 @@ use cache::transfer::{
 };
 use protocol::frame::Frame;
 use protocol::random::Random;
-use protocol::transfer::KV_FRAME_BYTES_MAX;
+use protocol::transfer::{KV_FRAME_BYTES_MAX, KvAsk};
 use protocol::{Duration, Instant, Machine, NodeId, RequestId};
 
 use super::ledger::Ledger;
@@ -266,7 +266,9 @@ impl KvNode {
             && let Item::Message(bytes) = item
         {
             let frame = frame_of(bytes);
-            let transfer = self.prefill.begin(stream);
+            let asked = KvAsk::from_frame(&frame).map_or(0, |ask| ask.deadline_ms);
+            let deadline = self.now + Duration::from_millis(asked.into());
+            let transfer = self.prefill.begin(stream, deadline);
             self.tell_sender(SenderInput::Asked { transfer, peer: node_id(peer), frame });
         }
     }
@@ -309,7 +311,8 @@ impl KvNode {
             self.settle();
         }
         let waits = [self.receive.receiver.next_deadline(), self.prefill.sender.next_deadline()];
-        if waits.into_iter().flatten().any(|due| due <= self.now) {
+        let late = waits.into_iter().flatten().any(|due| due <= self.now);
+        if late || self.overdue_handoffs() + self.overdue_transfers() > 0 {
             self.ledger.broken(self.me, format_args!("a machine waits past its deadline"));
         }
     }

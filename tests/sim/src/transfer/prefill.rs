@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use cache::transfer::{BlockDigest, Sender, SenderInput, SenderOutput, Served, TransferId};
 use cache::{BlockHash, BlockId, Committed};
 use protocol::transfer::{KvFirstToken, KvRefusal, KvWork};
-use protocol::{SequenceId, TenantId, wire};
+use protocol::{Instant, SequenceId, TenantId, wire};
 
 use super::model::{Prompt, digest};
 use super::node::{Job, KvNode, Sabotage};
@@ -39,6 +39,8 @@ pub(super) struct Work {
 
 struct Outgoing {
     control: StreamRef,
+    /// Of the ask.
+    deadline: Instant,
     data: Option<StreamRef>,
     finished: bool,
     attempt: u64,
@@ -69,11 +71,12 @@ impl Prefill {
     }
 
     /// A number for a new control stream.
-    pub fn begin(&mut self, control: StreamRef) -> TransferId {
+    pub fn begin(&mut self, control: StreamRef, deadline: Instant) -> TransferId {
         self.made += 1;
         let transfer = TransferId(self.made);
         let (data, finished, attempt, order) = (None, false, 0, None);
-        self.outgoing.insert(transfer, Outgoing { control, data, finished, attempt, order });
+        let outgoing = Outgoing { control, deadline, data, finished, attempt, order };
+        self.outgoing.insert(transfer, outgoing);
         self.controls.insert(control, transfer);
         transfer
     }
@@ -139,6 +142,12 @@ impl KvNode {
             SenderOutput::Close { transfer } => self.close_transfer(transfer),
             SenderOutput::Ended { .. } => {}
         }
+    }
+
+    /// Control streams that are open after the time of their ask.
+    pub(super) fn overdue_transfers(&self) -> usize {
+        let outgoing = self.prefill.controls.values().filter_map(|t| self.prefill.outgoing.get(t));
+        outgoing.filter(|outgoing| outgoing.deadline <= self.now).count()
     }
 
     fn unpin(&mut self, blocks: Vec<BlockId>) {

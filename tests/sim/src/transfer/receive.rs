@@ -40,6 +40,8 @@ pub(super) struct Sequence {
     in_handoff: bool,
     fetched: usize,
     prefilled: usize,
+    /// Of the hand-off, then of the request.
+    deadline: Instant,
     gives_up: Instant,
     answer: Vec<TokenId>,
     generated: Vec<TokenId>,
@@ -115,6 +117,7 @@ impl KvNode {
             in_handoff: remote,
             fetched: 0,
             prefilled: 0,
+            deadline: self.now + wait,
             gives_up: self.now + wait + PATIENCE,
             generated: Vec::new(),
         };
@@ -198,6 +201,12 @@ impl KvNode {
                 self.handoff_ended(request, verified, &outcome);
             }
         }
+    }
+
+    /// Requests whose hand-off goes on after its time.
+    pub(super) fn overdue_handoffs(&self) -> usize {
+        let sequences = self.receive.sequences.values();
+        sequences.filter(|s| s.in_handoff && s.deadline <= self.now).count()
     }
 
     /// The pool's owner answers.

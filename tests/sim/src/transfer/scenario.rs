@@ -92,6 +92,37 @@ pub const EVENT_FAULTS: [EventFault; 12] = [
     EventFault::Cut,
 ];
 
+/// A fault after so many events of the hand-off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EventFaultAt {
+    pub event: u64,
+    pub fault: EventFault,
+    /// Whom the fault takes for the sender: 1 is asked first, 2 if that fails.
+    pub sender: NodeIndex,
+}
+
+/// Every fault at every event of a hand-off; and, with `again`, after a first one that made the receiver
+/// turn to its second source, every fault at every later event.
+pub fn event_faults(seed: u64, again: bool) -> Vec<Vec<EventFaultAt>> {
+    let mut all = Vec::new();
+    let mut after = |before: &[EventFaultAt], from: u64, sender| {
+        for event in from..=events_of_hand_off(seed, before) {
+            for fault in EVENT_FAULTS {
+                all.push([before, &[EventFaultAt { event, fault, sender }]].concat());
+            }
+        }
+    };
+    after(&[], 0, 1);
+    if again {
+        for fault in [EventFault::KillSender, EventFault::BounceSender, EventFault::MuteSender] {
+            // When it has sent some blocks, and not all.
+            let first = EventFaultAt { event: 40, fault, sender: 1 };
+            after(&[first], first.event, 2);
+        }
+    }
+    all
+}
+
 impl Plan {
     /// Some nodes, some tenants with prompts that begin alike, hand-offs and cancellations, and random
     /// faults for five seconds; then all is healed, and peers must be of use again.
@@ -186,55 +217,75 @@ impl Plan {
     }
 }
 
-/// The events of one undisturbed hand-off, from its beginning to its end.
-pub fn events_of_hand_off(seed: u64) -> u64 {
+/// The events of one hand-off, from its beginning to the end of its request, with these faults.
+pub fn events_of_hand_off(seed: u64, faults: &[EventFaultAt]) -> u64 {
     let plan = one_hand_off(seed);
     let ledger = Ledger::default();
     let mut world = plan.world(&ledger);
     let before = begin_hand_off(&plan, &mut world, &ledger);
+    for fault in faults {
+        fault.happen(&plan, &mut world, &ledger, before);
+    }
     while ledger.fates().get(&HAND_OFF).copied().flatten().is_none() {
-        assert!(world.step(nanos(HEAL_MS)) == Step::Ran, "an undisturbed hand-off ends");
+        assert!(world.step(nanos(HEAL_MS)) == Step::Ran, "the hand-off ends");
     }
     world.events - before
 }
 
-/// The hand-off with that fault after `event` of its events; then healed, and another one.
-pub fn at_event(seed: u64, event: u64, fault: EventFault, keep_transcript: bool) -> Outcome {
+/// The hand-off with these faults, in order of their events; then healed, and another one.
+pub fn with_faults(seed: u64, faults: &[EventFaultAt], keep_transcript: bool) -> Outcome {
     let plan = one_hand_off(seed);
     let ledger = Ledger::default();
     let mut world = plan.world(&ledger);
     world.transcript = keep_transcript.then(Vec::new);
     let before = begin_hand_off(&plan, &mut world, &ledger);
-    while world.events < before + event {
-        assert!(world.step(nanos(HEAL_MS)) == Step::Ran, "it has that many events");
-    }
-    let (receiver, sender) = (Nodes(vec![RECEIVER]), Nodes(vec![SENDER]));
-    let crash = |nodes: &Nodes| Fault::Crash { nodes: nodes.clone() };
-    let restart = |nodes: &Nodes| Fault::Restart { nodes: nodes.clone(), disk: DiskFate::Kept };
-    let stall = |nodes: &Nodes, for_s| Fault::Stall { nodes: nodes.clone(), for_s };
-    let block = |from: &Nodes, to: &Nodes| Fault::Block { from: from.clone(), to: to.clone() };
-    let faults = match fault {
-        EventFault::KillReceiver => vec![crash(&receiver)],
-        EventFault::KillSender => vec![crash(&sender)],
-        EventFault::BounceReceiver => vec![crash(&receiver), restart(&receiver)],
-        EventFault::BounceSender => vec![crash(&sender), restart(&sender)],
-        EventFault::BlinkReceiver => vec![stall(&receiver, 0.05)],
-        EventFault::BlinkSender => vec![stall(&sender, 0.05)],
-        EventFault::StallReceiver => vec![stall(&receiver, 4.5)],
-        EventFault::StallSender => vec![stall(&sender, 4.5)],
-        EventFault::MuteReceiver => vec![block(&receiver, &sender)],
-        EventFault::MuteSender => vec![block(&sender, &receiver)],
-        EventFault::Cut => vec![block(&receiver, &sender), block(&sender, &receiver)],
-        EventFault::Cancel => {
-            let command = Command::Cancel { request: HAND_OFF };
-            plan.act(&mut world, &ledger, &Action::Command { node: RECEIVER, command });
-            Vec::new()
-        }
-    };
     for fault in faults {
-        plan.act(&mut world, &ledger, &Action::Fault(fault));
+        fault.happen(&plan, &mut world, &ledger, before);
     }
     plan.finish(world, &ledger)
+}
+
+impl EventFaultAt {
+    fn happen(&self, plan: &Plan, world: &mut World<KvNode>, ledger: &Ledger, before: u64) {
+        while world.events < before + self.event {
+            assert!(world.step(nanos(HEAL_MS)) == Step::Ran, "it has that many events");
+        }
+        for action in self.fault.actions(self.sender) {
+            plan.act(world, ledger, &action);
+        }
+    }
+}
+
+impl EventFault {
+    fn actions(self, sender: NodeIndex) -> Vec<Action> {
+        if self == EventFault::Cancel {
+            let command = Command::Cancel { request: HAND_OFF };
+            return vec![Action::Command { node: RECEIVER, command }];
+        }
+        self.faults(sender).into_iter().map(Action::Fault).collect()
+    }
+
+    fn faults(self, sender: NodeIndex) -> Vec<Fault> {
+        let (receiver, sender) = (Nodes(vec![RECEIVER]), Nodes(vec![sender]));
+        let crash = |nodes: &Nodes| Fault::Crash { nodes: nodes.clone() };
+        let restart = |nodes: &Nodes| Fault::Restart { nodes: nodes.clone(), disk: DiskFate::Kept };
+        let stall = |nodes: &Nodes, for_s| Fault::Stall { nodes: nodes.clone(), for_s };
+        let block = |from: &Nodes, to: &Nodes| Fault::Block { from: from.clone(), to: to.clone() };
+        match self {
+            EventFault::KillReceiver => vec![crash(&receiver)],
+            EventFault::KillSender => vec![crash(&sender)],
+            EventFault::BounceReceiver => vec![crash(&receiver), restart(&receiver)],
+            EventFault::BounceSender => vec![crash(&sender), restart(&sender)],
+            EventFault::BlinkReceiver => vec![stall(&receiver, 0.05)],
+            EventFault::BlinkSender => vec![stall(&sender, 0.05)],
+            EventFault::StallReceiver => vec![stall(&receiver, 4.5)],
+            EventFault::StallSender => vec![stall(&sender, 4.5)],
+            EventFault::MuteReceiver => vec![block(&receiver, &sender)],
+            EventFault::MuteSender => vec![block(&sender, &receiver)],
+            EventFault::Cut => vec![block(&receiver, &sender), block(&sender, &receiver)],
+            EventFault::Cancel => Vec::new(),
+        }
+    }
 }
 
 /// Runs until the hand-off begins; says how many events that took.
