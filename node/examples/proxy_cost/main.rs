@@ -3,7 +3,8 @@
 //! Two nodes, each a process of its own: one serves a replica that says nothing but the time, the other
 //! is an entrance without a model. Each token's text is the moment at which the replica made it, so a
 //! client on the same host reads the age of every token as it arrives. Streams from the serving node and
-//! through the entrance alternate; the difference between them is what the entrance adds.
+//! through the entrance alternate; the difference between them is what the entrance adds. A third way
+//! leads through a plain TCP relay, which shows what passing through any process costs on this host.
 //!
 //! `cargo run --release -p grapevine-node --example proxy_cost -- --streams 16`
 
@@ -19,6 +20,7 @@ use clap::Parser;
 #[path = "../../tests/api/byte_tokenizer.rs"]
 mod byte_tokenizer;
 mod clock_replica;
+mod relay;
 
 #[derive(Clone, Parser)]
 struct Arguments {
@@ -39,6 +41,9 @@ struct Arguments {
     node: bool,
     #[arg(long, hide = true)]
     join: Option<String>,
+    /// Is a relay to this address instead.
+    #[arg(long, hide = true)]
+    relay: Option<String>,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -47,13 +52,19 @@ fn main() -> anyhow::Result<()> {
         let gap = Duration::from_millis(arguments.gap_ms);
         return clock_replica::run_node(gap, arguments.join.as_deref());
     }
-    let mut serving = NodeProcess::start(&arguments, None)?;
-    let entrance = NodeProcess::start(&arguments, Some(&serving.token.clone()))?;
+    if let Some(target) = &arguments.relay {
+        return relay::run_relay(target);
+    }
+    let gap = format!("--gap-ms={}", arguments.gap_ms);
+    let mut serving = Process::start(&["--node", &gap])?;
+    let entrance = Process::start(&["--node", &gap, &format!("--join={}", serving.token)])?;
+    let relay = Process::start(&[&format!("--relay={}", serving.address)])?;
     entrance.wait_for_model()?;
     // Connections, caches and the router are warm.
-    measure(&serving, &arguments)?;
-    measure(&entrance, &arguments)?;
-    let (mut direct, mut proxied) = (Measured::default(), Measured::default());
+    for process in [&serving, &entrance, &relay] {
+        measure(process, &arguments)?;
+    }
+    let [mut direct, mut proxied, mut relayed] = [(); 3].map(|()| Measured::default());
     for _ in 0..arguments.rounds {
         let idle = entrance.cpu()?;
         direct.add(measure(&serving, &arguments)?);
@@ -62,9 +73,10 @@ fn main() -> anyhow::Result<()> {
         // What the entrance does in any case, as membership, is measured while it passes nothing on.
         let passing = (entrance.cpu()? - busy).saturating_sub(busy - idle);
         proxied.cpu += passing;
+        relayed.add(measure(&relay, &arguments)?);
     }
     serving.end();
-    report(&arguments, direct, proxied);
+    report(&arguments, direct, proxied, relayed);
     Ok(())
 }
 
@@ -86,26 +98,35 @@ impl Measured {
     }
 }
 
-fn report(arguments: &Arguments, mut direct: Measured, mut proxied: Measured) {
+fn report(
+    arguments: &Arguments,
+    mut direct: Measured,
+    mut proxied: Measured,
+    mut relayed: Measured,
+) {
     let Arguments { streams, gap_ms, .. } = arguments;
     println!(
         "{streams} stream(s), a token each {gap_ms} ms, {} tokens each way",
         proxied.ages_us.len()
     );
-    println!("{:>10} {:>12} {:>12} {:>12}", "", "direct us", "proxied us", "added us");
+    println!(
+        "{:>10} {:>12} {:>12} {:>12} {:>16}",
+        "", "direct us", "proxied us", "added us", "TCP relay adds"
+    );
     for (name, q) in [("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99.9", 0.999), ("max", 1.0)] {
         let (direct, proxied) = (direct.quantile(q), proxied.quantile(q));
-        println!("{name:>10} {direct:>12.1} {proxied:>12.1} {:>12.1}", proxied - direct);
+        let (added, floor) = (proxied - direct, relayed.quantile(q) - direct);
+        println!("{name:>10} {direct:>12.1} {proxied:>12.1} {added:>12.1} {floor:>16.1}");
     }
     let per_token = proxied.cpu.as_secs_f64() * 1e6 / proxied.ages_us.len() as f64;
     println!("CPU of the entrance: {per_token:.1} us for each token");
 }
 
-/// Runs all streams of a round at a node.
-fn measure(node: &NodeProcess, arguments: &Arguments) -> anyhow::Result<Vec<f64>> {
+/// Runs all streams of a round at a process.
+fn measure(at: &Process, arguments: &Arguments) -> anyhow::Result<Vec<f64>> {
     let streams: Vec<_> = (0..arguments.streams)
         .map(|_| {
-            let (address, tokens) = (node.address.clone(), arguments.tokens);
+            let (address, tokens) = (at.address.clone(), arguments.tokens);
             thread::spawn(move || stream(&address, tokens))
         })
         .collect();
@@ -143,26 +164,25 @@ fn stream(address: &str, tokens: usize) -> anyhow::Result<Vec<f64>> {
     Ok(ages_us)
 }
 
-/// This program as a node.
-struct NodeProcess {
+/// This program as a node or as the relay.
+struct Process {
     child: Child,
     address: String,
     token: String,
 }
 
-impl NodeProcess {
-    fn start(arguments: &Arguments, join: Option<&str>) -> anyhow::Result<NodeProcess> {
+impl Process {
+    fn start(arguments: &[&str]) -> anyhow::Result<Process> {
         let mut command = Command::new(std::env::current_exe()?);
-        command.args(["--node", "--gap-ms", &arguments.gap_ms.to_string()]);
-        command.args(join.map(|token| format!("--join={token}")));
+        command.args(arguments);
         let mut child = command.stdout(Stdio::piped()).stdin(Stdio::piped()).spawn()?;
         let mut line = String::new();
-        let out = child.stdout.take().context("the node has an output")?;
+        let out = child.stdout.take().context("the process has an output")?;
         BufReader::new(out).read_line(&mut line)?;
         let Some((address, token)) = line.trim().split_once(' ') else {
-            bail!("the node did not start: {line:?}")
+            bail!("a process did not start: {line:?}")
         };
-        Ok(NodeProcess { child, address: address.to_owned(), token: token.to_owned() })
+        Ok(Process { child, address: address.to_owned(), token: token.to_owned() })
     }
 
     fn wait_for_model(&self) -> anyhow::Result<()> {
@@ -192,7 +212,7 @@ impl NodeProcess {
     }
 }
 
-impl Drop for NodeProcess {
+impl Drop for Process {
     fn drop(&mut self) {
         self.end();
     }
