@@ -23,6 +23,7 @@ mod running;
 mod samples;
 mod store;
 mod tls;
+mod udp;
 mod upkeep;
 
 pub use connections::{CloseCode, PeerEvent, Service};

@@ -15,7 +15,7 @@ use protocol::NodeId;
 use protocol::identity::NodeKey;
 use protocol::identity::join::{ChannelBinding, EXPORTER_LABEL};
 use quinn::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
-use quinn::{IdleTimeout, TransportConfig, VarInt};
+use quinn::{AckFrequencyConfig, IdleTimeout, TransportConfig, VarInt};
 use rustls::pki_types::CertificateDer;
 use thiserror::Error;
 use tokio::sync::mpsc;
@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::limits::{MeshCounters, MeshLimits};
 use super::tls::{self, Tls};
+use super::udp::Socket;
 
 pub use super::tls::{ALPN, OVERLAY_ALPN};
 
@@ -369,13 +370,17 @@ fn quinn_endpoint(
     server: Option<quinn::ServerConfig>,
 ) -> std::io::Result<quinn::Endpoint> {
     let config = quinn::EndpointConfig::default();
-    quinn::Endpoint::new(config, server, socket, Arc::new(quinn::TokioRuntime))
+    let socket = Arc::new(Socket::new(socket)?);
+    let runtime = Arc::new(quinn::TokioRuntime);
+    quinn::Endpoint::new_with_abstract_socket(config, server, socket, runtime)
 }
 
 /// Before a peer is admitted it may open one stream, for the greeting or a join. The receive window of
 /// a connection bounds what a peer can make this node buffer.
 fn transport(limits: &MeshLimits) -> TransportConfig {
     let mut transport = TransportConfig::default();
+    let mut acks = AckFrequencyConfig::default();
+    acks.ack_eliciting_threshold(VarInt::from_u32(PACKETS_WITHOUT_ACK_MAX));
     let idle =
         IdleTimeout::try_from(limits.idle_timeout).unwrap_or(VarInt::from_u32(30_000).into());
     transport
@@ -387,6 +392,7 @@ fn transport(limits: &MeshLimits) -> TransportConfig {
         .datagram_receive_buffer_size(Some(DATAGRAM_BUFFER_BYTES))
         .datagram_send_buffer_size(DATAGRAM_BUFFER_BYTES)
         .initial_rtt(INITIAL_RTT)
+        .ack_frequency_config(Some(acks))
         .max_idle_timeout(Some(idle))
         .keep_alive_interval(Some(limits.idle_timeout * 2 / 3));
     transport
@@ -401,6 +407,10 @@ const DATAGRAM_BUFFER_BYTES: usize = 256 << 10;
 /// again, then twice that, and so on. RFC 9002 has 333 ms, with which a few lost packets end a handshake.
 /// Too small: packets are sent twice on long paths. Too large: lossy paths fail.
 const INITIAL_RTT: Duration = Duration::from_millis(100);
+/// Packets that the other side may take without acknowledging them at once; then after 25 ms at the
+/// latest. Too small: streams of tokens pay a packet back for each second token, before they pass it on.
+/// Too large: whoever may send only a few packets at first (ten, RFC 9002) waits for those 25 ms.
+const PACKETS_WITHOUT_ACK_MAX: u32 = 4;
 /// Connections of the overlay that wait for it; more are closed and their diallers come again.
 const OVERLAY_LINKS_MAX: usize = 64;
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);

@@ -1,0 +1,206 @@
+//! The UDP socket under QUIC.
+//!
+//! As quinn's own for tokio, but for what counts where each packet is one token. It is woken by what
+//! arrives and not each time that a receiver takes what was sent, and it does not ask for more packets
+//! where it has just seen that there are none: two system calls and a wake-up less for each packet.
+
+use std::io::{self, IoSliceMut};
+use std::net::{SocketAddr, UdpSocket};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use quinn::udp::{RecvMeta, Transmit, UdpSocketState};
+use quinn::{AsyncUdpSocket, UdpPoller};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Socket {
+    io: AsyncFd<UdpSocket>,
+    state: UdpSocketState,
+    /// A packet found no room.
+    is_full: AtomicBool,
+}
+
+impl Socket {
+    /// Takes a bound socket; must be called in a runtime.
+    pub fn new(socket: UdpSocket) -> io::Result<Socket> {
+        let state = UdpSocketState::new((&socket).into())?;
+        let io = watch(socket, Interest::READABLE)?;
+        Ok(Socket { io, state, is_full: AtomicBool::new(false) })
+    }
+
+    /// Returns when a packet may find room.
+    async fn room(self: Arc<Self>) {
+        // A descriptor of its own, only while there is no room: the kernel tells whoever watches for
+        // room of every single packet that has left.
+        let again = self.io.get_ref().try_clone();
+        match again.and_then(|again| watch(again, Interest::WRITABLE)) {
+            // An error shows when the next packet is sent.
+            Ok(watch) => {
+                let _ = watch.writable().await;
+            }
+            // No descriptor is left.
+            Err(_) => tokio::time::sleep(FULL_WAIT).await,
+        }
+        self.is_full.store(false, Ordering::Release);
+    }
+}
+
+impl AsyncUdpSocket for Socket {
+    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+        Box::pin(Room { socket: self, waiting: None })
+    }
+
+    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        let sent = self.state.send(self.io.get_ref().into(), transmit);
+        if sent.as_ref().is_err_and(would_block) {
+            self.is_full.store(true, Ordering::Release);
+        }
+        sent
+    }
+
+    fn poll_recv(
+        &self,
+        context: &mut Context<'_>,
+        buffers: &mut [IoSliceMut<'_>],
+        metas: &mut [RecvMeta],
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            let mut ready = ready!(self.io.poll_read_ready(context))?;
+            match self.state.recv(self.io.get_ref().into(), buffers, metas) {
+                Ok(packets) => {
+                    // There were no more. One that has come since then makes the socket ready again:
+                    // what is cleared is only what was known before the call.
+                    if packets < buffers.len() {
+                        ready.clear_ready();
+                    }
+                    return Poll::Ready(Ok(packets));
+                }
+                Err(error) if would_block(&error) => ready.clear_ready(),
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.io.get_ref().local_addr()
+    }
+
+    fn max_transmit_segments(&self) -> usize {
+        self.state.max_gso_segments()
+    }
+
+    fn max_receive_segments(&self) -> usize {
+        self.state.gro_segments()
+    }
+
+    fn may_fragment(&self) -> bool {
+        self.state.may_fragment()
+    }
+}
+
+/// Waits for room on behalf of one connection.
+struct Room {
+    socket: Arc<Socket>,
+    waiting: Option<Pin<Box<dyn Future<Output = ()> + Send + Sync>>>,
+}
+
+impl UdpPoller for Room {
+    fn poll_writable(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let Room { socket, waiting } = &mut *self;
+        if waiting.is_none() && !socket.is_full.load(Ordering::Acquire) {
+            return Poll::Ready(Ok(()));
+        }
+        let room = waiting.get_or_insert_with(|| Box::pin(socket.clone().room()));
+        ready!(room.as_mut().poll(context));
+        *waiting = None;
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl std::fmt::Debug for Room {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Room").field("socket", &self.socket).finish_non_exhaustive()
+    }
+}
+
+#[expect(
+    deprecated,
+    reason = "unsound for types that give another descriptor each time, which std's socket does not; the \
+              new form is unsafe"
+)]
+fn watch(socket: UdpSocket, interest: Interest) -> io::Result<AsyncFd<UdpSocket>> {
+    AsyncFd::with_interest(socket, interest)
+}
+
+fn would_block(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::WouldBlock
+}
+
+/// Wait for room where that cannot be watched for: a full buffer leaves within it at 1 Gbit/s.
+const FULL_WAIT: Duration = Duration::from_millis(2);
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use super::*;
+
+    fn transmit(destination: SocketAddr, contents: &[u8]) -> Transmit<'_> {
+        Transmit { destination, ecn: None, contents, segment_size: None, src_ip: None }
+    }
+
+    fn bind() -> Arc<Socket> {
+        let socket = UdpSocket::bind("127.0.0.1:0").expect("a port is free");
+        Arc::new(Socket::new(socket).expect("it is a UDP socket"))
+    }
+
+    async fn receive(socket: &Socket, at_once: usize) -> Vec<usize> {
+        let mut buffers = vec![[0u8; 2048]; at_once];
+        let mut metas = vec![RecvMeta::default(); at_once];
+        let mut slices: Vec<_> = buffers.iter_mut().map(|b| IoSliceMut::new(b)).collect();
+        let packets = poll_fn(|cx| socket.poll_recv(cx, &mut slices, &mut metas)).await;
+        metas[..packets.expect("received")].iter().map(|meta| meta.len).collect()
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn every_packet_arrives_however_they_come() {
+        let (from, to) = (bind(), bind());
+        let at = to.local_addr().unwrap();
+        // more at once than one call takes, then one by one: each wait is ended by a packet alone
+        for burst in [7, 1, 1, 3, 1] {
+            for len in 1..=burst {
+                from.try_send(&transmit(at, &vec![0; len])).unwrap();
+            }
+            let mut lengths = Vec::new();
+            while lengths.len() < burst {
+                lengths.extend(receive(&to, 3).await);
+            }
+            assert_eq!(lengths, (1..=burst).collect::<Vec<_>>());
+        }
+        let later = tokio::spawn(async move { receive(&to, 3).await });
+        tokio::task::yield_now().await;
+        from.try_send(&transmit(at, &[0; 9])).unwrap();
+        assert_eq!(later.await.unwrap(), [9]);
+    }
+
+    #[tokio::test]
+    async fn who_finds_no_room_is_woken_when_there_is_some() {
+        let (from, to) = (bind(), bind());
+        let mut poller = from.clone().create_io_poller();
+        poll_fn(|cx| poller.as_mut().poll_writable(cx)).await.expect("there is room at first");
+        // loopback takes packets off the sender's account at once: its buffer is never full
+        from.is_full.store(true, Ordering::Release);
+        let full = poll_fn(|cx| Poll::Ready(poller.as_mut().poll_writable(cx))).await;
+        assert!(full.is_pending(), "the kernel has not been heard yet");
+        poll_fn(|cx| poller.as_mut().poll_writable(cx)).await.expect("there is room again");
+        assert!(!from.is_full.load(Ordering::Acquire));
+        from.try_send(&transmit(to.local_addr().unwrap(), &[0; 5])).expect("it is taken");
+        assert_eq!(receive(&to, 3).await, [5]);
+    }
+}
