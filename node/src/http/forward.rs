@@ -16,6 +16,7 @@ use axum::http::{HeaderMap, HeaderValue, Request, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use futures_util::stream;
 use protocol::api::{ApiError, ErrorCode};
 use protocol::forward::{self as wire, Endpoint, Forward, ForwardReply, PART_BYTES_MAX};
@@ -208,13 +209,20 @@ impl Forwarding {
             self.roster.settle(node, self.caller.log.id, Outcome::Ended);
             return with_head(&head, first.map(Body::from).unwrap_or_default());
         };
+        let (roster, cancel) = (self.roster.clone(), self.app.cancel.clone());
+        let over = async move {
+            tokio::select! {
+                () = roster.lost(node) => "it has gone silent",
+                () = cancel.cancelled() => "this node is shutting down",
+            }
+        };
         let passing = Passing {
             stream,
             node,
+            over: Box::pin(over),
             request: self.caller.log.id,
             roster: self.roster.clone(),
             caller: self.caller.clone(),
-            app: self.app.clone(),
         };
         let body = stream::unfold((first, Some(passing)), |(first, passing)| async move {
             if let Some(first) = first {
@@ -285,21 +293,21 @@ impl Forwarding {
 struct Passing {
     stream: CallStream,
     node: NodeId,
+    /// Ends with why nothing more is awaited. One wait for all parts: to begin it for each costs time.
+    over: BoxFuture<'static, &'static str>,
     request: RequestId,
     roster: Arc<Roster>,
     caller: Caller,
-    app: Arc<App>,
 }
 
 impl Passing {
     /// The next bytes; without a `Passing` beside them they are the last.
     async fn advance(mut self) -> Option<(Bytes, Option<Self>)> {
         let left = self.caller.deadline.saturating_duration_since(Instant::now());
-        let cancel = self.app.cancel.clone();
         let heard = tokio::select! {
+            biased;
+            why = &mut self.over => Err(why.to_owned()),
             heard = self.stream.next(left) => heard.map_err(|error| error.to_string()),
-            () = self.roster.lost(self.node) => Err("it has gone silent".to_owned()),
-            () = cancel.cancelled() => Err("this node is shutting down".to_owned()),
         };
         let why = match heard {
             Ok(Heard::Part(part)) => return Some((part.into(), Some(self))),

@@ -116,11 +116,13 @@ async fn reply(mut stream: CallStream, response: Response<Body>) -> Result<(), C
         code: head.extensions.get::<ErrorCode>().map(|code| code.as_str().to_owned()),
     };
     stream.part(reply.to_bytes()).await?;
+    let mut abandoned = std::pin::pin!(stream.abandoned());
     loop {
         let frame = tokio::select! {
-            frame = body.frame() => frame,
+            biased;
             // Dropping the body cancels the request.
-            () = stream.abandoned() => return Ok(()),
+            () = &mut abandoned => return Ok(()),
+            frame = body.frame() => frame,
         };
         let Some(frame) = frame else { break };
         // The handlers' bodies cannot fail: they end with an event that says why.

@@ -105,8 +105,11 @@ impl FrameWriter {
     }
 
     /// Returns when the peer does not want more, or is gone.
-    pub async fn stopped(&mut self) {
-        let _ = self.stream.stopped().await;
+    pub fn stopped(&self) -> impl Future<Output = ()> + Send + 'static {
+        let stopped = self.stream.stopped();
+        async {
+            let _ = stopped.await;
+        }
     }
 
     /// Waits until the peer has all of it, or a time is over.

@@ -120,8 +120,8 @@ impl Members {
     }
 
     /// Returns when the node is gone, or has been suspected for [`silence_max`] without a break: on a
-    /// bad network healthy nodes are suspected for a moment now and then. `rtt` is its path's.
-    pub async fn lost(&self, node: NodeId, rtt: Duration) {
+    /// bad network healthy nodes are suspected for a moment now and then. `rtt` says that of its path.
+    pub async fn lost(&self, node: NodeId, rtt: impl Fn() -> Duration) {
         let mut absent = self.absent.clone();
         loop {
             let state = absent.borrow_and_update().get(&node).copied();
@@ -130,7 +130,7 @@ impl Members {
             let is_open = match state {
                 Some(Absence::Gone) => return,
                 Some(Absence::Suspected) => {
-                    match tokio::time::timeout(silence_max(rtt), changed).await {
+                    match tokio::time::timeout(silence_max(rtt()), changed).await {
                         Ok(changed) => changed.is_ok(),
                         Err(_) => return,
                     }

@@ -296,7 +296,7 @@ impl Roster {
     pub(crate) async fn lost(&self, node: NodeId) {
         match self.started.get() {
             Some(started) => {
-                let rtt = started.mesh.link(node).map_or(Duration::ZERO, |link| link.rtt());
+                let rtt = || started.mesh.link(node).map_or(Duration::ZERO, |link| link.rtt());
                 started.members.lost(node, rtt).await;
             }
             None => std::future::pending().await,

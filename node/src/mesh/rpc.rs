@@ -119,9 +119,10 @@ impl CallStream {
         Ok(())
     }
 
-    /// Returns when the other side does not want what is still to come.
-    pub async fn abandoned(&mut self) {
-        self.writer.stopped().await;
+    /// Returns when the other side does not want what is still to come. One such wait may last as long
+    /// as the stream.
+    pub fn abandoned(&self) -> impl Future<Output = ()> + Send + 'static {
+        self.writer.stopped()
     }
 
     /// Says that no further part comes from this side, which the caller's last word is.
