@@ -7,7 +7,7 @@ use protocol::transfer::{
     self, KV_BLOCKS_MAX, KV_TOKENS_MAX, KvAsk, KvChunk, KvCommit, KvFirstToken, KvFrameError,
     KvProgress, KvRefusal, KvStream, KvWork,
 };
-use protocol::{Instant, Machine, NodeId, RequestId, TenantId, TokenId};
+use protocol::{Duration, Instant, Machine, NodeId, RequestId, TenantId, TokenId};
 
 use super::{BlockDigest, TransferConfig};
 use crate::{BlockHash, BlockId};
@@ -653,11 +653,14 @@ impl Receiver {
             .map(|(request, _)| *request)
             .collect();
         for request in due {
-            let active = &self.active[&request];
-            match &active.phase {
+            let late = now.saturating_since(self.due(&self.active[&request]));
+            let active = self.active.get_mut(&request).expect("it is due");
+            match &mut active.phase {
                 _ if now >= active.handoff.deadline => {
                     self.end(request, HandOffOutcome::Deadline, out);
                 }
+                // This node slept, not the peer: what it said meanwhile is still to be read.
+                Phase::Live(attempt) if late >= OWN_STALL => attempt.heard = now,
                 Phase::Live(attempt) => {
                     let error = match attempt.accepted {
                         true => AttemptError::Silent,
@@ -749,6 +752,9 @@ fn heard_control(attempt: &mut Attempt, frame: &Frame) -> Result<(), AttemptErro
         _ => Err(unexpected()),
     }
 }
+
+/// A timer that comes so much too late was kept from running, as membership has it, too.
+const OWN_STALL: Duration = Duration::from_millis(200);
 
 /// Peers that one hand-off may try.
 pub const SOURCES_MAX: usize = 8;

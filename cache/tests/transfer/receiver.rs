@@ -311,6 +311,12 @@ fn every_wait_ends() {
     waits_while_written(&mut bench);
     bench.written(0..1);
     waits(&mut bench, 360, AttemptError::Silent);
+    // If this node itself was late, the peer gets its time again.
+    let mut bench = Bench::live();
+    assert_eq!(bench.receiver.next_deadline(), Some(at(200)));
+    bench.now = at(420);
+    assert_eq!(bench.give(ReceiverInput::Timer), []);
+    waits(&mut bench, 620, AttemptError::Silent);
     // For everything together: signs of life do not help.
     let mut bench = Bench::live();
     for now in (0..1000).step_by(100) {

@@ -117,6 +117,17 @@ fn blocks_leave_as_they_are_filled() {
 }
 
 #[test]
+fn the_end_is_said_behind_the_last_block() {
+    let mut bench = Bench::asked();
+    bench.ready(20..23);
+    bench.give(SenderInput::Finished { transfer: ONE, first_token: Some(6) });
+    let expected = [unpin(20..22), send_commit(commit(0, 0..2, None), false), send(2, 22..23)];
+    assert_eq!(bench.sent(0..2), expected);
+    let last = send_commit(commit(2, 2..3, Some(Some(6))), true);
+    assert_eq!(bench.sent(2..3), [unpin(22..23), last]);
+}
+
+#[test]
 fn the_last_commit_may_be_empty_and_nothing_is_a_refusal() {
     let mut bench = Bench::asked();
     bench.ready(20..22);
