@@ -3,9 +3,9 @@
 //!
 //! A model of what the users of streams must survive, not of QUIC's packets: one message is one
 //! datagram, retransmission is a timer, and without a handshake a late duplicate can even open a
-//! connection that its dialler has forgotten, which QUIC would not allow.
+//! connection that its dialler has forgotten, if its acceptor was started anew: QUIC would not allow that.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use bincode::{Decode, Encode};
 use protocol::random::Random;
@@ -43,6 +43,8 @@ pub struct Streams {
     random: Random,
     connections: BTreeMap<u64, Connection>,
     dialled: BTreeMap<NodeIndex, u64>,
+    /// Connections that were lost: a late duplicate must not open them again.
+    lost: BTreeSet<u64>,
     pub events: VecDeque<StreamEvent>,
 }
 
@@ -138,6 +140,7 @@ impl Streams {
             random: Random::new(seed),
             connections: BTreeMap::new(),
             dialled: BTreeMap::new(),
+            lost: BTreeSet::new(),
             events: VecDeque::new(),
         }
     }
@@ -244,7 +247,8 @@ impl Streams {
         let Ok(Packet { connection: id, body }) = wire::decode::<Packet, 65_536>(bytes) else {
             return;
         };
-        if matches!(body, Body::Data { opens: true, .. }) && !self.connections.contains_key(&id) {
+        let opens = matches!(body, Body::Data { opens: true, .. }) && !self.lost.contains(&id);
+        if opens && !self.connections.contains_key(&id) {
             self.connections.insert(id, Connection::new(now, from, false));
         }
         let Some(connection) = self.connections.get_mut(&id).filter(|c| c.peer == from) else {
@@ -300,6 +304,7 @@ impl Streams {
 
     fn lose(&mut self, id: u64) {
         let Some(connection) = self.connections.remove(&id) else { return };
+        self.lost.insert(id);
         if self.dialled.get(&connection.peer) == Some(&id) {
             self.dialled.remove(&connection.peer);
         }

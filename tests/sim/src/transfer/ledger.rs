@@ -59,6 +59,8 @@ pub struct Counts {
     /// Attempts that began after others of their hand-off had brought some blocks.
     pub resumed: u64,
     pub stopped_streams: u64,
+    /// Pages that waited because their stream had no room.
+    pub blocked: u64,
 }
 
 impl Counts {
@@ -67,6 +69,7 @@ impl Counts {
         self.fetched += other.fetched;
         self.resumed += other.resumed;
         self.stopped_streams += other.stopped_streams;
+        self.blocked += other.blocked;
         for (ours, theirs) in
             [(&mut self.failed, &other.failed), (&mut self.handoffs, &other.handoffs)]
         {

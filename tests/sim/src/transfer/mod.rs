@@ -14,6 +14,6 @@ pub use ledger::{Counts, Fate, Ledger};
 pub use model::{Model, Prompt};
 pub use node::{Command, KvNode, NodeSetup, Sabotage};
 pub use scenario::{
-    Action, EVENT_FAULTS, EventFault, EventFaultAt, Outcome, Plan, PlannedAction, event_faults,
-    events_of_hand_off, with_faults,
+    Action, EVENT_FAULTS, EventFault, EventFaultAt, HAND_OFF, Outcome, Plan, PlannedAction,
+    event_faults, events_of_hand_off, with_faults,
 };

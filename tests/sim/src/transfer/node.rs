@@ -96,9 +96,14 @@ pub struct KvNode {
     made: u64,
     commands: VecDeque<Command>,
     readable: VecDeque<(StreamRef, NodeIndex)>,
+    /// When the last answer of the pool's owner arrives: they keep their order.
+    told_at: Instant,
+    /// Data streams that were left unread once.
+    late: BTreeSet<StreamRef>,
     transfers_max: usize,
 }
 
+#[derive(Clone, Debug)]
 pub(super) enum MachineInput {
     Receiver(ReceiverInput),
     Sender(SenderInput),
@@ -125,6 +130,10 @@ pub(super) enum Job {
     ReadEnd { transfer: TransferId, block: cache::BlockId },
     /// The stream had no room.
     SendRetry { transfer: TransferId },
+    /// An answer of the pool's owner arrives.
+    Tell(MachineInput),
+    /// A data stream that was left unread for a while.
+    Read { stream: StreamRef, peer: NodeIndex },
 }
 
 impl KvNode {
@@ -160,6 +169,8 @@ impl KvNode {
             made: 0,
             commands: VecDeque::new(),
             readable: VecDeque::new(),
+            told_at: Instant::ORIGIN,
+            late: BTreeSet::new(),
             setup,
         }
     }
@@ -196,6 +207,14 @@ impl KvNode {
 
     pub(super) fn tell_sender(&mut self, input: SenderInput) {
         self.inputs.push_back(MachineInput::Sender(input));
+    }
+
+    /// Hands over an answer of the pool's owner, which has another thread: a little later, in order.
+    pub(super) fn answer(&mut self, input: MachineInput) {
+        let late = Duration::from_nanos(self.random.below(600_000) as u64);
+        self.told_at = self.told_at.max(self.now + late);
+        self.made += 1;
+        self.jobs.insert((self.told_at, self.made), Job::Tell(input));
     }
 
     /// Does it after about `millis`, sometimes much later while there is trouble.
@@ -247,6 +266,9 @@ impl KvNode {
     /// One item of one stream.
     fn on_readable(&mut self, stream: StreamRef, peer: NodeIndex) {
         let one_way = stream.number & 2 != 0;
+        if one_way && self.leaves_unread(stream) {
+            return self.after(200.0, Job::Read { stream, peer });
+        }
         if one_way {
             return self.read_data(stream, peer);
         }
@@ -271,6 +293,14 @@ impl KvNode {
             let transfer = self.prefill.begin(stream, deadline);
             self.tell_sender(SenderInput::Asked { transfer, peer: node_id(peer), frame });
         }
+    }
+
+    /// Whether the thread for a new data stream is late, while there is trouble.
+    fn leaves_unread(&mut self, stream: StreamRef) -> bool {
+        let new = !self.receive.knows(stream) && self.setup.trouble.get() > 0.0;
+        new && !self.late.contains(&stream)
+            && self.random.below(20) == 0
+            && self.late.insert(stream)
     }
 
     fn on_broken(&mut self, stream: StreamRef) {
@@ -328,6 +358,8 @@ impl KvNode {
             Job::Step { transfer } => self.prefill_step(transfer),
             Job::ReadEnd { transfer, block } => self.read_ended(transfer, block),
             Job::SendRetry { transfer } => self.send_next(transfer),
+            Job::Tell(input) => self.inputs.push_back(input),
+            Job::Read { stream, peer } => self.read_data(stream, peer),
         }
     }
 }

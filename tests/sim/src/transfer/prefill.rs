@@ -8,7 +8,7 @@ use protocol::transfer::{KvFirstToken, KvRefusal, KvWork};
 use protocol::{Instant, SequenceId, TenantId, wire};
 
 use super::model::{Prompt, digest};
-use super::node::{Job, KvNode, Sabotage};
+use super::node::{Job, KvNode, MachineInput, Sabotage};
 use super::receive::Payload;
 use crate::streams::StreamRef;
 
@@ -196,6 +196,7 @@ impl KvNode {
         let blocked = outgoing.data.is_some_and(|data| self.streams.is_blocked(data));
         let Some(order) = outgoing.order.as_mut().filter(|order| !order.stop) else { return };
         if blocked {
+            self.ledger.count(|counts| counts.blocked += 1);
             return self.after(2.0, Job::SendRetry { transfer });
         }
         order.reading = true;
@@ -261,7 +262,7 @@ impl KvNode {
 
     fn decline(&mut self, transfer: TransferId, refusal: KvRefusal) {
         self.end_work(transfer);
-        self.tell_sender(SenderInput::Declined { transfer, refusal });
+        self.answer(MachineInput::Sender(SenderInput::Declined { transfer, refusal }));
     }
 
     /// Pins what the pool has of the wanted blocks, after those that are pinned already.
@@ -270,7 +271,7 @@ impl KvNode {
         let blocks = self.store.pool.match_prefix(&work.served.names[work.pinned..]);
         work.pinned += blocks.len();
         if !blocks.is_empty() {
-            self.tell_sender(SenderInput::Ready { transfer, blocks });
+            self.answer(MachineInput::Sender(SenderInput::Ready { transfer, blocks }));
         }
     }
 
@@ -278,9 +279,13 @@ impl KvNode {
     pub(super) fn prefill_step(&mut self, transfer: TransferId) {
         let model = self.setup.model;
         let Some(work) = self.prefill.works.get_mut(&transfer) else { return };
+        if !self.prefill.outgoing.contains_key(&transfer) {
+            self.ledger.broken(self.me, format_args!("a prefill that nobody wants goes on"));
+        }
         let Some(prompt) = &work.prompt else {
             self.end_work(transfer);
-            return self.tell_sender(SenderInput::Finished { transfer, first_token: None });
+            let finished = SenderInput::Finished { transfer, first_token: None };
+            return self.answer(MachineInput::Sender(finished));
         };
         if work.held.len() < work.names.len() {
             let contents = model.contents(prompt);
@@ -301,7 +306,7 @@ impl KvNode {
             matches!(work.served.work, KvWork::Prefill { first_token: KvFirstToken::Greedy, .. });
         let first_token = greedy.then(|| model.answer(prompt, 1)[0]);
         self.end_work(transfer);
-        self.tell_sender(SenderInput::Finished { transfer, first_token });
+        self.answer(MachineInput::Sender(SenderInput::Finished { transfer, first_token }));
     }
 
     fn end_work(&mut self, transfer: TransferId) {

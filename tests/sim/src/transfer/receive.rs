@@ -14,7 +14,7 @@ use protocol::{Duration, Instant, RequestId, SequenceId, TenantId, TokenId, wire
 
 use super::ledger::Fate;
 use super::model::{Content, Prompt, digest};
-use super::node::{Job, KvNode, Sabotage, frame_of, node_id, node_index};
+use super::node::{Job, KvNode, MachineInput, Sabotage, frame_of, node_id, node_index};
 use crate::actor::NodeIndex;
 use crate::streams::{Item, StreamEvent, StreamRef};
 
@@ -91,6 +91,11 @@ impl Receive {
             ids: BTreeMap::new(),
             streams_made: 0,
         }
+    }
+
+    /// Whether anything of that data stream was read.
+    pub fn knows(&self, stream: StreamRef) -> bool {
+        self.data.contains_key(&stream)
     }
 }
 
@@ -213,7 +218,8 @@ impl KvNode {
     pub(super) fn reserve(&mut self, request: RequestId, blocks: usize) {
         let reserved = self.store.pool.reserve(blocks, &mut Vec::new());
         let blocks = reserved.unwrap_or_default();
-        self.tell_receiver(ReceiverInput::Reserved { request, blocks });
+        let reserved = ReceiverInput::Reserved { request, blocks };
+        self.answer(MachineInput::Receiver(reserved));
     }
 
     /// One item of a data stream: a frame, or a payload if a `Write` wants it.

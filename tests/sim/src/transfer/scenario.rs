@@ -155,10 +155,14 @@ impl Plan {
 
     fn finish(&self, mut world: World<KvNode>, ledger: &Ledger) -> Outcome {
         let end = nanos(self.end_ms);
-        while ledger.is_sound()
-            && let Some(number) = world.run_until(end)
-        {
-            self.act(&mut world, ledger, &self.actions[number as usize].action);
+        while ledger.is_sound() {
+            match world.step(end) {
+                Step::Ran => {}
+                Step::Fault(number) => {
+                    self.act(&mut world, ledger, &self.actions[number as usize].action);
+                }
+                Step::Idle => break,
+            }
         }
         let mut broken = ledger.take_broken();
         if broken.is_empty() {
@@ -457,7 +461,9 @@ impl Mixer {
         for _ in 0..1 + self.random.below(3) {
             let peer = self.node();
             if peer != node {
-                sources.push((peer, self.random.below(3) > 0));
+                let source = (peer, self.random.below(3) > 0);
+                // Sometimes twice, so that a late stream of the first attempt meets the second.
+                sources.extend(std::iter::repeat_n(source, 1 + self.random.below(2)));
             }
         }
         let wait = Duration::from_millis(50 + self.random.below(4000) as u64);
@@ -477,7 +483,11 @@ impl Mixer {
             0 | 1 => Fault::Crash { nodes: one(self) },
             2 | 3 => Fault::Restart { nodes: one(self), disk: DiskFate::Kept },
             4 | 5 => {
-                let for_s = self.random.unit() * self.random.unit() * STALL_S_MAX;
+                // Long ones, and ones about as long as a wait.
+                let for_s = match self.random.below(2) {
+                    0 => self.random.unit() * self.random.unit() * STALL_S_MAX,
+                    _ => 0.3 + self.random.unit() * 0.5,
+                };
                 Fault::Stall { nodes: one(self), for_s }
             }
             6 => Fault::Partition { groups: vec![one(self)] },
@@ -522,7 +532,8 @@ fn nanos(millis: f64) -> u64 {
 const MODEL: Model = Model { weights: 1, dtype: KvDtype::F16, block_tokens: 4 };
 const RECEIVER: NodeIndex = 0;
 const SENDER: NodeIndex = 1;
-const HAND_OFF: RequestId = RequestId(2);
+/// The request of the one hand-off.
+pub const HAND_OFF: RequestId = RequestId(2);
 const HEAL_MS: f64 = 6_000.0;
 const MOMENT_MS: f64 = 300.0;
 const STALL_S_MAX: f64 = 5.0;
