@@ -46,6 +46,8 @@ pub struct NodeSetup {
     pub model: Model,
     /// Blocks of its pool.
     pub capacity: u32,
+    /// Time for two blocks of a prefill for a peer, milliseconds; half to one and a half of it.
+    pub step_ms: f64,
     /// The shell does one thing wrong.
     pub sabotage: Option<Sabotage>,
     /// While set: this share of payloads changes on the way, and work has hiccups.

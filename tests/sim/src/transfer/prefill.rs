@@ -300,7 +300,7 @@ impl KvNode {
                 });
             }
             self.pin_ready(transfer);
-            return self.after(4.0, Job::Step { transfer });
+            return self.after(self.setup.step_ms, Job::Step { transfer });
         }
         let greedy =
             matches!(work.served.work, KvWork::Prefill { first_token: KvFirstToken::Greedy, .. });

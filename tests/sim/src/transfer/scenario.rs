@@ -309,7 +309,7 @@ fn begin_hand_off(plan: &Plan, world: &mut World<KvNode>, ledger: &Ledger) -> u6
 fn one_hand_off(seed: u64) -> Plan {
     let mut random = Random::new(seed ^ 0x7472_616e_7366_6572);
     let trouble = Rc::new(Cell::new(0.0));
-    let setup = NodeSetup { model: MODEL, capacity: 24, sabotage: None, trouble };
+    let setup = NodeSetup { model: MODEL, capacity: 24, step_ms: 4.0, sabotage: None, trouble };
     let tenant = TenantId::new("acme").expect("a name");
     let tokens: Vec<TokenId> = (0..30).map(|_| random.next_u64() as u32).collect();
     let prompt = |range: std::ops::Range<usize>| Prompt {
@@ -407,9 +407,12 @@ impl Mixer {
         self.act(HEAL_MS, Action::Fault(restart));
         let proofs = self.proofs();
         let capacity = 14 + self.random.below(30) as u32;
+        // The last is longer than a receiver waits for a sign of life.
+        let step_ms = [2.0, 10.0, 60.0, 600.0][self.random.below(4)];
         let setup = |model| NodeSetup {
             model,
             capacity,
+            step_ms,
             sabotage: self.sabotage,
             trouble: self.trouble.clone(),
         };
@@ -421,7 +424,7 @@ impl Mixer {
         };
         let setups = self.models.iter().copied().map(setup).collect();
         let (seed, actions) = (self.seed, self.actions);
-        Plan { seed, links, setups, actions, proofs, end_ms: PROOF_MS + 12_000.0 }
+        Plan { seed, links, setups, actions, proofs, end_ms: PROOF_MS + 24_000.0 }
     }
 
     fn act(&mut self, at_ms: f64, action: Action) {
@@ -514,10 +517,11 @@ impl Mixer {
                 request,
                 prompt,
                 sources: vec![(peer as NodeIndex, true)],
-                wait: Duration::from_secs(3),
+                wait: Duration::from_secs(5),
                 greedy: true,
             };
-            let at_ms = PROOF_MS + 300.0 * node as f64;
+            // One after the other: together they would need more room than there may be.
+            let at_ms = PROOF_MS + 4000.0 * node as f64;
             self.act(at_ms, Action::Command { node: node as NodeIndex, command });
             proofs.push(request);
         }
