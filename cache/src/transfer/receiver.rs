@@ -177,6 +177,13 @@ pub enum AttemptError {
     Violation(#[from] Violation),
 }
 
+impl AttemptError {
+    /// Whether the peer did what no sound one does: for whoever counts faults of peers.
+    pub fn is_misbehaviour(&self) -> bool {
+        matches!(self, AttemptError::Corrupt { .. } | AttemptError::Violation(_))
+    }
+}
+
 /// What no honest peer sends.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Violation {

@@ -209,6 +209,7 @@ fn pages_are_the_writers_until_it_has_stopped() {
     let mut bench = Bench::live();
     bench.data(chunk(0, 2));
     let refused = AttemptError::Refused(KvRefusal::Aborted);
+    assert!(!refused.is_misbehaviour());
     let out = bench.control(Kind::KV_REFUSAL, &KvRefusal::Aborted);
     let stop = ReceiverOutput::Stop { stream: STREAM };
     assert_eq!(out, [close(FIRST, false), stop.clone(), attempted(refused)]);
@@ -266,6 +267,7 @@ fn what_no_honest_peer_sends_ends_the_attempt() {
     for (number, (step, error)) in table.into_iter().enumerate() {
         let mut bench = Bench::live();
         let out = step(&mut bench);
+        assert!(error.is_misbehaviour());
         assert!(out.contains(&attempted(error)), "{number}: {out:?}");
         assert!(!out.iter().any(|o| matches!(o, ReceiverOutput::Attach { .. })), "{number}");
         // It goes on with the other source, from the beginning.
