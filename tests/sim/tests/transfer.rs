@@ -2,7 +2,7 @@
 
 use sim::transfer::{
     Counts, EventFault, EventFaultAt, Fate, HAND_OFF, Plan, Sabotage, event_faults,
-    events_of_hand_off, with_faults,
+    events_of_hand_off, undisturbed, with_faults,
 };
 
 #[test]
@@ -44,6 +44,28 @@ fn every_fault_at_every_event() {
         }
     }
     assert!(failed.is_empty(), "{} runs:\n{}", failed.len(), failed.join("\n"));
+}
+
+/// The same messages fetch what is cached, and a prefill brings what is not.
+#[test]
+fn a_cached_prefix_is_fetched() {
+    for seed in 0..20 {
+        for (cached, prefill, fetched, attempts) in [
+            (30, [false, false], 7, 1),
+            (17, [false, true], 7, 2),
+            (17, [false, false], 4, 2),
+            (17, [true, true], 7, 1),
+            (4, [false, false], 1, 2),
+        ] {
+            let outcome = undisturbed(seed, cached, prefill);
+            assert!(outcome.broken.is_empty(), "{:?}", outcome.broken);
+            let (_, fate) = outcome.fates.iter().find(|(id, _)| *id == HAND_OFF).expect("begun");
+            let right = Some(Fate::Right { fetched, prefilled: 7 - fetched });
+            assert_eq!(*fate, right, "seed {seed}, {cached} tokens cached, {prefill:?}");
+            // The last hand-off of the world needs one, too.
+            assert_eq!(outcome.counts.attempts, attempts + 1);
+        }
+    }
 }
 
 /// Whenever the first sender dies: the second brings what is missing, and nothing is computed twice.

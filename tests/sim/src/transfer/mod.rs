@@ -15,5 +15,5 @@ pub use model::{Model, Prompt};
 pub use node::{Command, KvNode, NodeSetup, Sabotage};
 pub use scenario::{
     Action, EVENT_FAULTS, EventFault, EventFaultAt, HAND_OFF, Outcome, Plan, PlannedAction,
-    event_faults, events_of_hand_off, with_faults,
+    event_faults, events_of_hand_off, undisturbed, with_faults,
 };

@@ -223,7 +223,7 @@ impl Plan {
 
 /// The events of one hand-off, from its beginning to the end of its request, with these faults.
 pub fn events_of_hand_off(seed: u64, faults: &[EventFaultAt]) -> u64 {
-    let plan = one_hand_off(seed);
+    let plan = one_hand_off(seed, 9, [true, true]);
     let ledger = Ledger::default();
     let mut world = plan.world(&ledger);
     let before = begin_hand_off(&plan, &mut world, &ledger);
@@ -238,7 +238,7 @@ pub fn events_of_hand_off(seed: u64, faults: &[EventFaultAt]) -> u64 {
 
 /// The hand-off with these faults, in order of their events; then healed, and another one.
 pub fn with_faults(seed: u64, faults: &[EventFaultAt], keep_transcript: bool) -> Outcome {
-    let plan = one_hand_off(seed);
+    let plan = one_hand_off(seed, 9, [true, true]);
     let ledger = Ledger::default();
     let mut world = plan.world(&ledger);
     world.transcript = keep_transcript.then(Vec::new);
@@ -304,9 +304,15 @@ fn begin_hand_off(plan: &Plan, world: &mut World<KvNode>, ledger: &Ledger) -> u6
     }
 }
 
+/// A hand-off without faults. Node 1 has the first `cached` of 30 tokens; `prefill` says of nodes 1 and 2
+/// whether they are to prefill, or to send what they have.
+pub fn undisturbed(seed: u64, cached: usize, prefill: [bool; 2]) -> Outcome {
+    one_hand_off(seed, cached, prefill).run(false)
+}
+
 /// Node 1 has prefilled the beginning of a prompt for itself; node 0 wants all of it, from node 1 and
 /// else from node 2. Long after that everything is healed, and node 0 asks again for another one.
-fn one_hand_off(seed: u64) -> Plan {
+fn one_hand_off(seed: u64, cached: usize, prefill: [bool; 2]) -> Plan {
     let mut random = Random::new(seed ^ 0x7472_616e_7366_6572);
     let trouble = Rc::new(Cell::new(0.0));
     let setup = NodeSetup { model: MODEL, capacity: 24, step_ms: 4.0, sabotage: None, trouble };
@@ -327,18 +333,19 @@ fn one_hand_off(seed: u64) -> Plan {
         |at_ms, node, command| PlannedAction { at_ms, action: Action::Command { node, command } };
     let fault = |at_ms, fault| PlannedAction { at_ms, action: Action::Fault(fault) };
     let proof = RequestId(3);
-    let sources = [(SENDER, true), (2, true)];
+    let sources = [(SENDER, prefill[0]), (2, prefill[1])];
+    let both = [(SENDER, true), (2, true)];
     let restart = Fault::Restart { nodes: Nodes(vec![0, 1, 2]), disk: DiskFate::Kept };
     Plan {
         seed,
         links: Links { latency_ms: 0.5, jitter_ms: 1.0, loss: 0.0, duplicate: 0.1 },
         setups: vec![setup; 3],
         actions: vec![
-            command(1.0, SENDER, generate(RequestId(1), prompt(0..9), &[])),
+            command(1.0, SENDER, generate(RequestId(1), prompt(0..cached), &[])),
             command(50.0, RECEIVER, generate(HAND_OFF, prompt(0..30), &sources)),
             fault(HEAL_MS, Fault::Heal),
             fault(HEAL_MS, restart),
-            command(HEAL_MS + 4000.0, RECEIVER, generate(proof, prompt(3..25), &sources)),
+            command(HEAL_MS + 4000.0, RECEIVER, generate(proof, prompt(3..25), &both)),
         ],
         proofs: vec![proof],
         end_ms: HEAL_MS + 14_000.0,
