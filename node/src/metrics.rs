@@ -215,6 +215,12 @@ impl Metrics {
         self.counter(WRITE_TIMEOUTS, &[])
     }
 
+    /// Counts a stream whose node was lost in the middle: whether another went on with it.
+    pub fn count_continued(&self, continued: bool) {
+        let outcome = if continued { "continued" } else { "failed" };
+        self.counter(STREAMS_CONTINUED, &[("outcome", outcome)]).increment(1);
+    }
+
     fn counter(&self, name: &'static str, labels: &[(&'static str, &str)]) -> Counter {
         self.recorder.register_counter(&key(name, labels), &METADATA)
     }
@@ -340,6 +346,7 @@ const STEP_TOKENS: &str = "grapevine_step_tokens_total";
 const REQUESTS: &str = "grapevine_http_requests_total";
 const SLOW_CLIENTS: &str = "grapevine_slow_clients_total";
 const WRITE_TIMEOUTS: &str = "grapevine_http_write_timeouts_total";
+const STREAMS_CONTINUED: &str = "grapevine_streams_continued_total";
 
 const OVERLAY_MEMBERS: &str = "grapevine_overlay_members";
 const OVERLAY_PEERS: &str = "grapevine_overlay_peers";
@@ -390,6 +397,10 @@ const HELP: &[(&str, &str)] = &[
     (OVERLAY_EVENTS_DROPPED, "overlay events that found no room"),
     (OVERLAY_RESTARTS, "times that the overlay was built anew after a fault"),
     (WRITE_TIMEOUTS, "connections closed because their client took nothing"),
+    (
+        STREAMS_CONTINUED,
+        "streams that passed through here whose node was lost in the middle, by outcome",
+    ),
     ("grapevine_members", "members of the mesh, this node included, by state"),
     (
         "grapevine_membership_health",
@@ -414,6 +425,8 @@ const HELP: &[(&str, &str)] = &[
     ("grapevine_membership_datagrams_total", "datagrams of membership, by direction"),
     ("grapevine_membership_bytes_total", "bytes of membership without QUIC's own, by direction"),
     ("grapevine_router_choices_total", "requests given to a replica, by node: own or peer"),
+    ("grapevine_stream_copies", "streams of other nodes of which a copy is kept here"),
+    ("grapevine_stream_copies_bytes", "what they take"),
     (
         "grapevine_router_attempts_lost_total",
         "requests that a chosen node did not answer, by outcome",

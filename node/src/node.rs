@@ -47,7 +47,7 @@ pub struct LoadFailed(pub Vec<(String, String)>);
 /// A running node. Dropping it stops it at once.
 pub struct Node {
     address: SocketAddr,
-    app: Arc<App>,
+    pub(crate) app: Arc<App>,
     connections: Option<JoinHandle<()>>,
     drain_limit: Duration,
 }

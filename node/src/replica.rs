@@ -23,8 +23,9 @@ use crate::metrics::ModelMetrics;
 
 /// What the thread drives: `engine::replica::Replica`, or a script in tests.
 pub trait Core: Send + 'static {
-    /// Takes a request on. An error changes nothing.
-    fn submit(&mut self, now: Instant, work: Work) -> Result<(), RequestError>;
+    /// Takes a request on. Gives what can be said of it at once: the events of what was generated
+    /// before. An error changes nothing.
+    fn submit(&mut self, now: Instant, work: Work) -> Result<Vec<Event>, RequestError>;
     /// Ends a request without further events; its blocks are free after the next step.
     fn cancel(&mut self, now: Instant, request: RequestId);
     /// One forward pass, and what came of it. Called whenever requests are open.
@@ -82,12 +83,13 @@ pub struct Stats {
 }
 
 impl Core for Replica {
-    fn submit(&mut self, now: Instant, work: Work) -> Result<(), RequestError> {
+    fn submit(&mut self, now: Instant, work: Work) -> Result<Vec<Event>, RequestError> {
         match work {
-            Work::Generate(request) => self.generate(now, *request),
-            Work::Embed(request) => self.embed(now, request),
-            Work::Score(request) => self.score(now, request),
+            Work::Generate(request) => return self.generate(now, *request),
+            Work::Embed(request) => self.embed(now, request)?,
+            Work::Score(request) => self.score(now, request)?,
         }
+        Ok(Vec::new())
     }
 
     fn cancel(&mut self, now: Instant, request: RequestId) {
@@ -148,7 +150,7 @@ pub type Clock = Arc<dyn Fn() -> Instant + Send + Sync>;
 struct Submission {
     parts: Vec<Work>,
     events: mpsc::Sender<PartEvent>,
-    reply: oneshot::Sender<Result<(), RequestError>>,
+    reply: oneshot::Sender<Result<Vec<PartEvent>, RequestError>>,
 }
 
 impl ReplicaHandle {
@@ -207,9 +209,12 @@ impl ReplicaHandle {
         (self.clock)() + protocol::Duration::from_nanos(left)
     }
 
-    /// Hands the parts of one client request over. Their events arrive in the receiver; dropping it
-    /// cancels them. After an error no part runs.
-    pub async fn submit(&self, parts: Vec<Work>) -> Result<mpsc::Receiver<PartEvent>, SubmitError> {
+    /// Hands the parts of one client request over. Gives the events of what was generated before; all
+    /// others arrive in the receiver, and dropping it cancels them. After an error no part runs.
+    pub async fn submit(
+        &self,
+        parts: Vec<Work>,
+    ) -> Result<(Vec<PartEvent>, mpsc::Receiver<PartEvent>), SubmitError> {
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         let (reply, answer) = oneshot::channel();
         self.inbox.try_send(Submission { parts, events, reply }).map_err(|error| match error {
@@ -217,7 +222,7 @@ impl ReplicaHandle {
             TrySendError::Disconnected(_) => SubmitError::Stopped,
         })?;
         match answer.await {
-            Ok(Ok(())) => Ok(receiver),
+            Ok(Ok(replayed)) => Ok((replayed, receiver)),
             Ok(Err(error)) => Err(SubmitError::Request(error)),
             Err(_) => Err(SubmitError::Stopped),
         }
@@ -299,21 +304,35 @@ impl Shell {
         }
         let now = (self.clock)();
         let mut taken: Vec<RequestId> = Vec::with_capacity(parts.len());
+        let mut replayed = Vec::new();
         for (part, work) in parts.into_iter().enumerate() {
-            let (request, choices_open) = (work.request(), work.choices());
-            if let Err(error) = self.core.submit(now, work) {
-                for request in taken {
-                    self.requests.remove(&request);
-                    self.core.cancel(now, request);
-                }
-                // The client may have left meanwhile; then nobody wants to know.
-                let _ = reply.send(Err(error));
-                return;
+            let (request, choices) = (work.request(), work.choices());
+            // Another ingress has taken the request over: what the first one began ends here, and none of
+            // its events reaches the second.
+            if self.requests.remove(&request).is_some() {
+                self.core.cancel(now, request);
             }
-            self.requests.insert(request, Open { events: events.clone(), part, choices_open });
-            taken.push(request);
+            let said = match self.core.submit(now, work) {
+                Ok(said) => said,
+                Err(error) => {
+                    for request in taken {
+                        self.requests.remove(&request);
+                        self.core.cancel(now, request);
+                    }
+                    // The client may have left meanwhile; then nobody wants to know.
+                    let _ = reply.send(Err(error));
+                    return;
+                }
+            };
+            let over = said.iter().filter(|event| is_last(event)).count();
+            replayed.extend(said.into_iter().map(|event| (part, event)));
+            if over < choices {
+                let open = Open { events: events.clone(), part, choices_open: choices - over };
+                self.requests.insert(request, open);
+                taken.push(request);
+            }
         }
-        let _ = reply.send(Ok(()));
+        let _ = reply.send(Ok(replayed));
     }
 
     fn cancel_abandoned(&mut self) {
@@ -330,13 +349,7 @@ impl Shell {
 
     fn deliver(&mut self, request: RequestId, event: Event) {
         let Some(open) = self.requests.get_mut(&request) else { return };
-        let last = matches!(
-            event,
-            Event::Finished { .. }
-                | Event::Failed { .. }
-                | Event::Embedding { .. }
-                | Event::Scores { .. }
-        );
+        let last = is_last(&event);
         let full = match open.events.try_send((open.part, event)) {
             Ok(()) => false,
             Err(mpsc::error::TrySendError::Full(_)) => true,
@@ -371,6 +384,11 @@ impl Shell {
     }
 }
 
+/// Whether nothing follows it for its choice.
+fn is_last(event: &Event) -> bool {
+    !matches!(event, Event::Started { .. } | Event::Token { .. })
+}
+
 /// Submissions that wait for the end of a step. Too small: bursts are refused that the batcher's own
 /// queue would hold. Too large: clients wait for an answer that is "queue full".
 pub const INBOX_MAX: usize = 1024;
@@ -380,3 +398,61 @@ pub const EVENTS_MAX: usize = 16_384;
 
 /// How soon a replica that cannot run anything looks again for clients that left and for deadlines.
 const STALL_WAIT: Duration = Duration::from_millis(5);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::Metrics;
+
+    /// Runs each request for ever and writes down what it is told.
+    struct Endless {
+        running: Vec<RequestId>,
+        told: Arc<Mutex<Vec<&'static str>>>,
+    }
+
+    impl Core for Endless {
+        fn submit(&mut self, _now: Instant, work: Work) -> Result<Vec<Event>, RequestError> {
+            self.told.lock().expect("not poisoned").push("submit");
+            self.running.push(work.request());
+            Ok(Vec::new())
+        }
+
+        fn cancel(&mut self, _now: Instant, request: RequestId) {
+            self.told.lock().expect("not poisoned").push("cancel");
+            self.running.retain(|&running| running != request);
+        }
+
+        fn step(&mut self, _clock: &dyn Fn() -> Instant, events: &mut Events) -> StepReport {
+            let started = Event::Started { choice: 0, cached_tokens: 0 };
+            events.extend(self.running.iter().map(|&request| (request, started.clone())));
+            std::thread::sleep(Duration::from_millis(1));
+            StepReport { tokens: self.running.len() }
+        }
+
+        fn stats(&self) -> Stats {
+            Stats::default()
+        }
+    }
+
+    #[tokio::test]
+    async fn a_request_that_comes_again_takes_the_place_of_the_first() {
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let core = Box::new(Endless { running: Vec::new(), told: told.clone() });
+        let metrics = Metrics::new().expect("metrics").model("m");
+        let clock: Clock = Arc::new(|| Instant::ORIGIN);
+        let (handle, thread) = ReplicaHandle::spawn("m", core, clock, metrics).expect("a thread");
+        let ask = || {
+            let request = GenerateRequest::new(RequestId(7), vec![1]);
+            handle.submit(vec![Work::Generate(Box::new(request))])
+        };
+        let (_, mut first) = ask().await.expect("taken");
+        assert!(first.recv().await.is_some(), "it runs");
+        let (_, mut second) = ask().await.expect("taken");
+        // Whatever was on its way, then the end: the node that asked first is not there any more.
+        while first.recv().await.is_some() {}
+        assert!(second.recv().await.is_some(), "it runs");
+        assert_eq!(*told.lock().expect("not poisoned"), ["submit", "cancel", "submit"]);
+        drop((second, handle));
+        tokio::task::spawn_blocking(|| thread.join().expect("it ends")).await.expect("it ends");
+    }
+}

@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use protocol::backup::{Begin, Fetch, Fetched, Keep};
 use protocol::forward::{Endpoint, Forward, ForwardReply};
 use protocol::frame::{Frame, Kind};
 use protocol::identity::greeting::{Greeting, GreetingInput, GreetingOutput};
@@ -12,6 +13,7 @@ use protocol::identity::join::{
     JoinerOutput, Purpose,
 };
 use protocol::identity::{Invite, NodeKey, Roles, Trust, UnixTime};
+use protocol::journal::{self, Ended, Entry, StreamPart};
 use protocol::membership::Addresses;
 use protocol::membership::wire::{BUCKETS, Body, Datagram, FLAG_UNKNOWN, Update, VERSION};
 use protocol::node_record::{NodeRecord, ReplicaRecord, ReplicaState};
@@ -36,7 +38,8 @@ fn main() -> std::io::Result<()> {
     put(&corpus, "datagram", &datagrams())?;
     put(&corpus, "records", &records())?;
     put(&corpus, "forward", &heads())?;
-    put(&corpus, "transfer", &transfers())
+    put(&corpus, "transfer", &transfers())?;
+    put(&corpus, "journal", &journals())
 }
 
 fn put(corpus: &Path, target: &str, seeds: &[Vec<u8>]) -> std::io::Result<()> {
@@ -208,7 +211,10 @@ fn heads() -> Vec<Vec<u8>> {
         tenant: "acme".to_owned(),
         traceparent: traceparent.map(str::to_owned),
         deadline_ms: 60_000,
+        created: 1_800_000_000,
         body_bytes: 1 << 20,
+        journal_bytes: 300,
+        first_event: 17,
     };
     let trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
     let reply = |code: Option<&str>| ForwardReply {
@@ -262,4 +268,38 @@ fn transfers() -> Vec<Vec<u8>> {
         Frame::new(Kind::KV_COMMIT, &KvCommit { first: 4, digests: vec![[8; 32]; 2], end }),
     ];
     frames.iter().map(Frame::encode).collect()
+}
+
+fn journals() -> Vec<Vec<u8>> {
+    let top = vec![(7, -0.5), (300, -1.5)];
+    let entries = vec![
+        Entry::Started { prompt: 0, cached_tokens: 32 },
+        Entry::Token { choice: 0, token: 151_000, logprob: 0.0, top: Vec::new() },
+        Entry::Token { choice: 1, token: 7, logprob: -0.5, top },
+        Entry::Finished { choice: 1, reason: Ended::Stop },
+    ];
+    let text = b"id: req-1:0\ndata: {}\n\n".to_vec();
+    let part = StreamPart { is_whole: true, next_event: 1, entries: entries.clone(), text };
+    let begin = Begin {
+        endpoint: Endpoint::Completions,
+        created: 1_800_000_000,
+        weights: 7,
+        body: br#"{"model":"m","prompt":"x","stream":true}"#.to_vec(),
+    };
+    let (tenant, request) = ("acme".to_owned(), u128::MAX / 3);
+    let keep = Keep {
+        tenant: tenant.clone(),
+        request,
+        begin: Some(begin.clone()),
+        from: 0,
+        entries: entries.clone(),
+        is_complete: false,
+    };
+    vec![
+        journal::to_bytes(&entries),
+        part.to_bytes(),
+        keep.to_bytes(),
+        Fetch { tenant, request, from: 3 }.to_bytes(),
+        Fetched { begin: Some(begin), entries, total: 4 }.to_bytes(),
+    ]
 }

@@ -1,12 +1,14 @@
 //! A request that another node answers: the wire types of the RPC method [`METHOD`].
 //!
 //! ```text
-//! ingress ──► replica's node     Forward, then the body in parts, then an empty part
-//! replica's node ──► ingress     ForwardReply, then the body in parts, then an empty part
+//! ingress ──► replica's node     Forward, then the body and the journal in parts, then the end
+//! replica's node ──► ingress     ForwardReply, then the body in parts, then the end
 //! ```
 //!
+//! The parts of a body that is a stream of events are [`StreamPart`](crate::journal::StreamPart)s.
+//!
 //! The ingress has authenticated the caller and names the tenant; members trust each other in that.
-//! A stream that ends without the empty part has broken off. Whoever resets it cancels the request.
+//! A stream that ends without its end has broken off. Whoever resets it cancels the request.
 
 use bincode::{Decode, Encode};
 
@@ -27,8 +29,15 @@ pub struct Forward {
     pub traceparent: Option<String>,
     /// Time left for the whole answer, milliseconds.
     pub deadline_ms: u64,
+    /// When the client asked, seconds since 1970: the answer says it, and templates may.
+    pub created: u64,
     /// Bytes of the body to come.
     pub body_bytes: u64,
+    /// Bytes of the [`journal`](crate::journal) to come after it: what other replicas have drawn for
+    /// this request already.
+    pub journal_bytes: u64,
+    /// The number of the first event that is wanted: those before were seen by the client.
+    pub first_event: u64,
 }
 
 /// The endpoints that run a model. The number is on the wire.
@@ -80,6 +89,11 @@ impl Forward {
 }
 
 impl ForwardReply {
+    /// Whether the body is a stream of events.
+    pub fn is_stream(&self) -> bool {
+        self.content_type.starts_with("text/event-stream")
+    }
+
     pub fn to_bytes(&self) -> Vec<u8> {
         wire::encode(self)
     }
@@ -108,9 +122,12 @@ mod tests {
             tenant: "acme".to_owned(),
             traceparent: None,
             deadline_ms: 60_000,
+            created: 5,
             body_bytes: 2,
+            journal_bytes: 9,
+            first_event: 7,
         };
-        let bytes = [251, 2, 1, 1, 4, b'a', b'c', b'm', b'e', 0, 251, 96, 234, 2];
+        let bytes = [251, 2, 1, 1, 4, b'a', b'c', b'm', b'e', 0, 251, 96, 234, 5, 2, 9, 7];
         assert_eq!(forward.to_bytes(), bytes);
         assert_eq!(Forward::from_bytes(&bytes), Ok(forward));
         let reply = ForwardReply {
@@ -132,7 +149,10 @@ mod tests {
             tenant: "t".repeat(100),
             traceparent: Some("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".to_owned()),
             deadline_ms: u64::MAX,
+            created: u64::MAX,
             body_bytes: u64::MAX,
+            journal_bytes: u64::MAX,
+            first_event: u64::MAX,
         };
         let bytes = forward.to_bytes();
         for end in 0..bytes.len() {

@@ -4,10 +4,12 @@
 //!
 //! Refuses: IO, clocks, threads, ambient randomness and policy.
 
+pub mod backup;
 pub mod forward;
 pub mod frame;
 mod id;
 pub mod identity;
+pub mod journal;
 mod machine;
 pub mod membership;
 pub mod node_record;

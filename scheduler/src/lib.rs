@@ -1,9 +1,11 @@
 //! Every decision of Grapevine, as pure code: today the batcher (continuous batching, chunked prefill,
-//! priorities, preemption, fairness) and the router (which replica answers).
+//! priorities, preemption, fairness), the router (which replica answers) and the journals (which copies of
+//! streams are kept).
 //!
 //! Refuses effects of any kind: what must happen leaves as an output.
 
 mod batcher;
+pub mod journals;
 mod plan;
 pub mod router;
 

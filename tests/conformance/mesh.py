@@ -1,7 +1,7 @@
 """Several nodes on loopback are one service: `python mesh.py VINE`.
 
 Real processes, joined by tokens: a node without a model answers for the others, clients of all nodes
-see the same, and nodes that are killed or stopped under load cost nobody more than a clear error.
+see the same, and nodes that are killed or stopped under load cost nobody more than a pause.
 Every wait is bounded; what it starts it ends.
 """
 
@@ -139,7 +139,7 @@ def struck_under_load(nodes: list[Node]) -> None:
         check(f"{what}: the entrance notices", c.view().get(name) != "alive", f"{noticed - struck:.2f} s")
         time.sleep(5)
         load.end()
-        judge(load, what, name, struck, noticed)
+        judge(load, what, struck)
         if number == signal.SIGKILL:
             until("the others know of its death", 20, lambda: a.sees(2) and c.sees(2))
             b.kill()
@@ -149,7 +149,7 @@ def struck_under_load(nodes: list[Node]) -> None:
         until("it comes back without a token", 60, lambda: all(n.sees(3) for n in (a, b, c)))
 
 
-def judge(load: Load, what: str, name: str, struck: float, noticed: float) -> None:
+def judge(load: Load, what: str, struck: float) -> None:
     """What the clients may see of a struck node."""
     for number, asked in enumerate(load.asked):
         broken = [x for x in asked if x.error]
@@ -160,12 +160,7 @@ def judge(load: Load, what: str, name: str, struck: float, noticed: float) -> No
     after = [x for x in asked if not x.error and x.began > struck]
     check(f"{what}: answers go on", len(after) >= 8, f"{len(after)} that began after the strike")
     check(f"{what}: every whole answer is right", all(x.error or x.text == load.expected for x in asked))
-    check(f"{what}: streams broke, at most one of each client",
-          bool(broken) and all(sum(bool(x.error) for x in own) <= 1 for own in load.asked), len(broken))
-    check(f"{what}: only such as were under way, and their errors name the node",
-          all(x.text and x.began < struck and name[:8] in x.error for x in broken), sorted({x.error for x in broken}))
-    latest = max((x.ended for x in broken), default=noticed)
-    check(f"{what}: they end within a second of the notice", latest < noticed + 1, f"{latest - noticed:+.2f} s")
+    check(f"{what}: no stream broke", not broken, sorted({x.error for x in broken}))
     slowest = max(x.ended - x.began for x in asked)
     check(f"{what}: nothing hangs", slowest < 15, f"slowest request {slowest:.1f} s")
 

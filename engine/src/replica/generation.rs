@@ -1,9 +1,9 @@
 //! The state of one stream between steps: sampler, text, stop strings, grammar.
 
-use super::request::{Event, FinishReason, GenerateRequest, RequestError};
+use super::request::{Event, FinishReason, GenerateRequest, RequestError, Resumed};
 use super::stop::{Scan, StopScanner};
 use crate::grammar::{GrammarError, Matcher};
-use crate::sampler::{Sampler, SamplerKey};
+use crate::sampler::{SampledToken, Sampler, SamplerKey};
 use crate::tokenizer::{Detokenizer, Tokenizer};
 use protocol::TokenId;
 
@@ -66,17 +66,60 @@ impl Generation {
             .sampler
             .sample(logits, index, mask.as_deref())
             .ok_or(RequestError::NoToken { index })?;
-        self.index += 1;
         let token = sampled.token;
-        if !self.ignore_eos && self.tokenizer.is_end_of_generation(token) {
+        if self.is_end(token) {
+            self.index += 1;
             self.ended = true;
             return Ok(Advance { token, event: None, finished: true });
         }
+        let event = self.accept(sampled)?;
+        Ok(Advance { token, event: Some(event), finished: self.ended })
+    }
+
+    /// Goes through what was drawn before, without a model: afterwards everything is as it was where
+    /// those tokens were drawn, and the events are the same. `tokens_max` is the most that the choice
+    /// may have; a choice that is over now has its last event among them.
+    pub fn replay(
+        &mut self,
+        before: &Resumed,
+        tokens_max: usize,
+    ) -> Result<Vec<Event>, RequestError> {
+        let mut events = Vec::with_capacity(before.tokens.len());
+        for sampled in &before.tokens {
+            if self.ended || self.is_end(sampled.token) || events.len() >= tokens_max {
+                let message = format!("choice {} ended before token {}", self.choice, self.index);
+                return Err(RequestError::BadResume(message));
+            }
+            self.sampler.replay(sampled.token);
+            events.push(self.accept(sampled.clone())?);
+        }
+        let full = events.len() >= tokens_max;
+        let reason = match before.finished {
+            None if self.ended => Some(FinishReason::Stop),
+            None => full.then_some(FinishReason::Length),
+            Some(reason) => {
+                // Only the token that ends generation has no event.
+                self.index += u64::from(reason == FinishReason::Stop && !self.ended);
+                Some(reason)
+            }
+        };
+        events.extend(reason.map(|reason| self.finish(reason)));
+        Ok(events)
+    }
+
+    fn is_end(&self, token: TokenId) -> bool {
+        !self.ignore_eos && self.tokenizer.is_end_of_generation(token)
+    }
+
+    /// Takes a drawn token into the text.
+    fn accept(&mut self, sampled: SampledToken) -> Result<Event, RequestError> {
+        let index = self.index;
+        self.index += 1;
         if let Some(matcher) = &mut self.matcher {
-            matcher.accept(token).map_err(grammar_error)?;
+            matcher.accept(sampled.token).map_err(grammar_error)?;
             self.ended = matcher.is_finished();
         }
-        let text = self.text_of(token);
+        let text = self.text_of(sampled.token);
         let text = match self.stop.push(&text) {
             Scan::Emit(text) => text,
             Scan::Stopped(text) => {
@@ -84,8 +127,7 @@ impl Generation {
                 text
             }
         };
-        let event = Event::Token { choice: self.choice, index, sampled, text };
-        Ok(Advance { token, event: Some(event), finished: self.ended })
+        Ok(Event::Token { choice: self.choice, index, sampled, text })
     }
 
     pub fn finish(&mut self, reason: FinishReason) -> Event {

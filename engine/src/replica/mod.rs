@@ -12,7 +12,7 @@ mod stop;
 
 pub use request::{
     CHOICES_MAX, EmbedRequest, Event, FinishReason, GenerateRequest, PRIORITY_DEFAULT, Pooling,
-    RequestError, STOP_BYTES_MAX, STOP_STRINGS_MAX, ScoreRequest,
+    RequestError, Resumed, STOP_BYTES_MAX, STOP_STRINGS_MAX, ScoreRequest,
 };
 
 use crate::executor::{Executor, StepOutput};
@@ -69,6 +69,13 @@ struct Sequence {
     work: Work,
 }
 
+/// A sequence that is to be queued.
+struct Job {
+    choice: usize,
+    work: Work,
+    submission: Submission,
+}
+
 enum Work {
     Generate(Box<Generation>),
     Embed(Embedding),
@@ -102,11 +109,17 @@ impl Replica {
         })
     }
 
-    /// Queues a generation. Its events come from later calls of [`step`](Self::step).
+    /// Queues a generation. Gives the events of what was generated before, choice by choice, and the
+    /// last one of each choice that is over with that; all others come from later calls of
+    /// [`step`](Self::step).
     ///
     /// # Errors
     /// Nothing is queued then, whichever choice was refused.
-    pub fn generate(&mut self, now: Instant, request: GenerateRequest) -> Result<(), RequestError> {
+    pub fn generate(
+        &mut self,
+        now: Instant,
+        request: GenerateRequest,
+    ) -> Result<Vec<Event>, RequestError> {
         self.check_tokens(&request.prompt)?;
         request.sampling.validate(self.limits.vocab)?;
         if request.choices == 0 || request.choices > CHOICES_MAX {
@@ -119,20 +132,37 @@ impl Replica {
         if request.max_tokens == Some(0) {
             return Err(RequestError::NothingToGenerate);
         }
-        let works = (0..request.choices)
-            .map(|choice| {
-                Work::Generate(Box::new(Generation::new(&self.tokenizer, &request, choice)))
-            })
-            .collect();
-        let submission = Submission {
-            kind: SequenceKind::Generate,
-            max_new_tokens: request.max_tokens.unwrap_or(usize::MAX),
-            deadline: request.deadline,
-            priority: request.priority,
-            reuse_prefix: true,
-            ..self.submission(&request.tenant, request.prompt)
-        };
-        self.submit(now, request.request, works, submission)
+        if !request.resume.is_empty() && request.resume.len() != request.choices {
+            let message = format!("{} choices, not {}", request.resume.len(), request.choices);
+            return Err(RequestError::BadResume(message));
+        }
+        let (mut replayed, mut jobs) = (Vec::new(), Vec::with_capacity(request.choices));
+        for choice in 0..request.choices {
+            let before = request.resume.get(choice).cloned().unwrap_or_default();
+            let mut tokens = request.prompt.clone();
+            let room = self.limits.tokens_max.saturating_sub(tokens.len());
+            let max_tokens = request.max_tokens.unwrap_or(usize::MAX).min(room.max(1));
+            let mut generation = Generation::new(&self.tokenizer, &request, choice);
+            tokens.extend(before.tokens.iter().map(|sampled| sampled.token));
+            self.check_tokens(&tokens)?;
+            let events = generation.replay(&before, max_tokens)?;
+            let is_over = matches!(events.last(), Some(Event::Finished { .. }));
+            replayed.extend(events);
+            if is_over {
+                continue;
+            }
+            let submission = Submission {
+                kind: SequenceKind::Generate,
+                max_new_tokens: max_tokens - before.tokens.len(),
+                deadline: request.deadline,
+                priority: request.priority,
+                reuse_prefix: true,
+                ..self.submission(&request.tenant, tokens)
+            };
+            jobs.push(Job { choice, work: Work::Generate(Box::new(generation)), submission });
+        }
+        self.submit(now, request.request, jobs)?;
+        Ok(replayed)
     }
 
     /// Queues a text to become one vector.
@@ -148,7 +178,7 @@ impl Replica {
             priority: request.priority,
             ..self.submission(&request.tenant, request.tokens)
         };
-        self.submit(now, request.request, vec![work], submission)
+        self.submit(now, request.request, vec![Job { choice: 0, work, submission }])
     }
 
     /// Queues a text to be scored.
@@ -164,7 +194,7 @@ impl Replica {
             priority: request.priority,
             ..self.submission(&request.tenant, request.tokens)
         };
-        self.submit(now, request.request, vec![work], submission)
+        self.submit(now, request.request, vec![Job { choice: 0, work, submission }])
     }
 
     /// Ends every sequence of a request; its blocks are free at the next step. The shell that cancels
@@ -263,17 +293,16 @@ impl Replica {
         &mut self,
         now: Instant,
         request: RequestId,
-        works: Vec<Work>,
-        submission: Submission,
+        jobs: Vec<Job>,
     ) -> Result<(), RequestError> {
-        let mut ids = Vec::with_capacity(works.len());
-        let tokens = submission.tokens.len();
-        for (choice, work) in works.into_iter().enumerate() {
+        let mut ids = Vec::with_capacity(jobs.len());
+        for Job { choice, work, submission } in jobs {
             let sequence = SequenceId(self.next_sequence);
             self.next_sequence += 1;
             self.sequences.insert(sequence, Sequence { request, choice, work });
             ids.push(sequence);
-            let submission = Submission { sequence, ..submission.clone() };
+            let tokens = submission.tokens.len();
+            let submission = Submission { sequence, ..submission };
             let before = self.outputs.len();
             self.batcher.handle(now, BatcherInput::Submit(submission), &mut self.outputs);
             let refused = self.outputs[before..].iter().find_map(|output| match output {

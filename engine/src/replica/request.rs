@@ -29,6 +29,17 @@ pub struct GenerateRequest {
     /// Higher goes first.
     pub priority: i8,
     pub deadline: Option<Instant>,
+    /// What was generated before, on another replica: one entry for each choice, or none at all.
+    pub resume: Vec<Resumed>,
+}
+
+/// A choice of which some was generated before.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Resumed {
+    /// Its tokens so far, as they were drawn.
+    pub tokens: Vec<SampledToken>,
+    /// Why it ended, if it has.
+    pub finished: Option<FinishReason>,
 }
 
 impl GenerateRequest {
@@ -48,6 +59,7 @@ impl GenerateRequest {
             ignore_eos: false,
             priority: PRIORITY_DEFAULT,
             deadline: None,
+            resume: Vec::new(),
         }
     }
 }
@@ -141,6 +153,8 @@ pub enum RequestError {
         "{0} stop strings were given; at most {STOP_STRINGS_MAX} of 1 to {STOP_BYTES_MAX} bytes are"
     )]
     BadStop(usize),
+    #[error("what was generated before does not belong to this request: {0}")]
+    BadResume(String),
     #[error("the model computed no usable logits for token {index}: its weights may be damaged")]
     NoToken { index: u64 },
     #[error("the step failed: {0}")]

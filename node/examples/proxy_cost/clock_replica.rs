@@ -71,11 +71,11 @@ struct Clock {
 }
 
 impl Core for Clock {
-    fn submit(&mut self, _now: Instant, work: Work) -> Result<(), RequestError> {
+    fn submit(&mut self, _now: Instant, work: Work) -> Result<Vec<Event>, RequestError> {
         if let Work::Generate(request) = work {
             self.running.insert(request.request, (0, request.max_tokens.unwrap_or(1)));
         }
-        Ok(())
+        Ok(Vec::new())
     }
 
     fn cancel(&mut self, _now: Instant, request: RequestId) {

@@ -26,7 +26,7 @@ use super::generation::{Generation, Update};
 use super::guard::Caller;
 use super::openapi::{Refusals, TimeoutHeader};
 use super::sse::{self, Chunks, Frames};
-use super::{App, body, params, tools, unix_now};
+use super::{App, body, params, tools};
 use crate::model::Model;
 use crate::replica::Work;
 
@@ -52,7 +52,7 @@ pub(crate) async fn chat(
     params::check(&sampling, model.vocab)?;
 
     let request = Arc::new(request);
-    let prompt = prompt(model.clone(), request.clone()).await?;
+    let prompt = prompt(model.clone(), request.clone(), caller.created).await?;
     let prompt_tokens = prompt.len() as u64;
     let choices = request.n.unwrap_or(1) as usize;
     let max_tokens = request.max_completion_tokens.or(request.max_tokens);
@@ -83,7 +83,7 @@ pub(crate) async fn chat(
     let writer = Writer::new(&request, &caller, model.clone(), tools.as_ref());
     let generation = Generation::start(
         model,
-        caller.log.clone(),
+        &caller,
         app.cancel.clone(),
         vec![Work::Generate(Box::new(work))],
         prompt_tokens,
@@ -101,7 +101,11 @@ pub(crate) async fn chat(
 }
 
 /// Renders the template. Off the async threads: long chats take many milliseconds.
-async fn prompt(model: Arc<Model>, request: Arc<ChatRequest>) -> Result<Vec<TokenId>, ApiError> {
+async fn prompt(
+    model: Arc<Model>,
+    request: Arc<ChatRequest>,
+    created: u64,
+) -> Result<Vec<TokenId>, ApiError> {
     let render = move || {
         let Some(template) = &model.template else {
             let message = format!("model {} has no chat template: use /v1/completions", model.id);
@@ -119,7 +123,7 @@ async fn prompt(model: Arc<Model>, request: Arc<ChatRequest>) -> Result<Vec<Toke
             documents: &[],
             add_generation_prompt: true,
             variables: &variables,
-            now: Calendar::from_unix_s(unix_now() as i64),
+            now: Calendar::from_unix_s(created as i64),
         };
         let prompt = template.render(&model.tokenizer, &input);
         prompt.map(|prompt| prompt.tokens).map_err(template_error)
@@ -181,7 +185,7 @@ impl Writer {
         };
         Writer {
             id: format!("chatcmpl-{:032x}", caller.log.id.0),
-            created: unix_now(),
+            created: caller.created,
             logprobs: request.logprobs == Some(true),
             include_usage: request.stream_options.and_then(|o| o.include_usage) == Some(true),
             choices: (0..request.n.unwrap_or(1)).map(choice).collect(),

@@ -21,7 +21,7 @@ use super::generation::{self, Generation, Update};
 use super::guard::Caller;
 use super::openapi::{Refusals, TimeoutHeader};
 use super::sse::{self, Chunks, Frames};
-use super::{App, body, embeddings, params, unix_now};
+use super::{App, body, embeddings, params};
 use crate::ids;
 use crate::model::Model;
 use crate::replica::Work;
@@ -56,7 +56,7 @@ pub(crate) async fn completions(
     };
     let writer = Writer {
         id: format!("cmpl-{:032x}", caller.log.id.0),
-        created: unix_now(),
+        created: caller.created,
         model: model.clone(),
         logprobs: request.logprobs.is_some(),
         include_usage: request.stream_options.and_then(|o| o.include_usage) == Some(true),
@@ -96,7 +96,7 @@ pub(crate) async fn completions(
     });
     let generation = Generation::start(
         model,
-        caller.log.clone(),
+        &caller,
         app.cancel.clone(),
         parts.collect(),
         prompt_tokens,

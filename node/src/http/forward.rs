@@ -2,11 +2,11 @@
 //! [`protocol::forward`].
 //!
 //! The router chooses; this module asks the chosen node and passes its answer on. Until the first bytes
-//! of an answer are here, a node that fails costs only time: the next one is asked. After that the
-//! stream ends with an error event that names the node. Every wait ends: with an answer, with the
+//! of an answer are here, a node that fails costs only time: the next one is asked. A stream that has
+//! begun goes on at another replica ([`super::passing`]). Every wait ends: with an answer, with the
 //! request's deadline, or soon after membership suspects the node, or when its path breaks.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::Extension;
@@ -16,24 +16,29 @@ use axum::http::{HeaderMap, HeaderValue, Request, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
-use futures_util::future::BoxFuture;
-use futures_util::stream;
 use protocol::api::{ApiError, ErrorCode};
+use protocol::backup::Begin;
 use protocol::forward::{self as wire, Endpoint, Forward, ForwardReply, PART_BYTES_MAX};
+use protocol::journal::{self, Entry, StreamPart};
 use protocol::{NodeId, RequestId};
-use scheduler::router::{Ask, NoReplica, Outcome, Unavailable};
+use scheduler::router::{Ask, Choice, NoReplica, Outcome, Unavailable};
 use serde::Deserialize;
 
-use super::App;
 use super::body;
 use super::error::Failure;
 use super::guard::Caller;
-use crate::mesh::{CallError, CallStream, Heard, Request as CallRequest, Roster};
+use super::passing::{Passing, Source};
+use super::{App, Journal, RequestLog, TraceParent};
+use crate::mesh::{CallError, Copy, Heard, Request as CallRequest, Roster, SharedJournal};
 
 /// What the router needs to know of a body.
 #[derive(Deserialize)]
 struct Peek {
     model: String,
+    #[serde(default)]
+    stream: Option<bool>,
+    #[serde(default)]
+    n: Option<u64>,
 }
 
 /// Runs the request here or has it answered elsewhere.
@@ -43,7 +48,16 @@ pub(super) async fn forward(
     request: Request<Body>,
     next: Next,
 ) -> Response {
-    let Some(roster) = app.roster.get().cloned() else { return next.run(request).await };
+    let Some(roster) = app.roster.get().cloned() else {
+        return match text(request.headers(), LAST_EVENT_ID) {
+            Some(_) => {
+                let message = "this node is in no mesh: nobody else has a copy of its streams";
+                let error = ApiError::new(ErrorCode::NotFound, message).at(LAST_EVENT_ID);
+                Failure(error).into_response()
+            }
+            None => next.run(request).await,
+        };
+    };
     let Some(endpoint) = Endpoint::of_path(request.uri().path()) else {
         return next.run(request).await;
     };
@@ -54,40 +68,58 @@ pub(super) async fn forward(
     };
     let here = Request::from_parts(head, Body::from(bytes.clone()));
     // What is no request is refused by the handler, which says why.
-    let Ok(Peek { model }) = serde_json::from_slice(&bytes) else { return next.run(here).await };
+    let Ok(peek) = serde_json::from_slice(&bytes) else { return next.run(here).await };
     let traceparent = text(here.headers(), "traceparent");
-    let forwarding = Forwarding { app, roster, caller, endpoint, traceparent, model, bytes };
+    let last_event = text(here.headers(), LAST_EVENT_ID);
+    let forwarding = Forwarding { app, roster, caller, endpoint, traceparent, peek, bytes };
+    if let Some(last_event) = last_event {
+        return forwarding.resume(&last_event).await.unwrap_or_else(IntoResponse::into_response);
+    }
     match forwarding.answer().await {
         Some(response) => response,
         None => next.run(here).await,
     }
 }
 
-struct Forwarding {
-    app: Arc<App>,
-    roster: Arc<Roster>,
-    caller: Caller,
+pub(super) struct Forwarding {
+    pub app: Arc<App>,
+    pub roster: Arc<Roster>,
+    pub caller: Caller,
     endpoint: Endpoint,
     traceparent: Option<String>,
-    model: String,
+    peek: Peek,
     bytes: Bytes,
 }
 
 /// A node's answer, of which at least the beginning is here.
-struct Answer {
-    head: ForwardReply,
-    first: Option<Bytes>,
-    stream: Option<CallStream>,
+pub(super) struct Answer {
+    pub head: ForwardReply,
+    pub body: AnswerBody,
+}
+
+pub(super) enum AnswerBody {
+    Whole(Bytes),
+    Stream { first: StreamPart, rest: Source },
 }
 
 /// Why a node gave no answer.
-enum Failed {
+pub(super) enum Failed {
     /// It says that it cannot now; this is what it said.
-    Refused(Answer),
+    Refused(Box<Answer>),
     /// It is gone, silent or broken.
     Lost(String),
     /// The request's own time is over.
     Deadline,
+}
+
+/// What is known of a stream that has begun.
+#[derive(Default)]
+pub(super) struct SoFar {
+    pub journal: SharedJournal,
+    /// The number of the first event that the client has not seen.
+    pub next_event: u64,
+    /// What it began on.
+    pub weights: Option<u64>,
 }
 
 impl Forwarding {
@@ -98,33 +130,29 @@ impl Forwarding {
         let mut tried: Vec<String> = Vec::new();
         let mut refused: Option<Answer> = None;
         while excluded.len() < ATTEMPTS_MAX {
-            let ask = Ask {
-                request,
-                model: &self.model,
-                prompt_tokens: (self.bytes.len() / BYTES_PER_TOKEN) as u64,
-                excluded: &excluded,
-                suspected: &[],
-            };
-            let node = match self.roster.choose(&ask) {
-                Ok(choice) => choice.node,
+            let (node, weights) = match self.choose(&excluded, None) {
+                Ok(choice) => (choice.node, choice.weights),
                 Err(why) => return self.nobody(why, refused, &tried).await,
             };
+            let so_far = SoFar { weights: Some(weights), ..SoFar::default() };
             if self.roster.is_own(node) {
                 // Its load is read afresh for each decision: nothing is to be remembered of it.
                 self.roster.settle(node, request, Outcome::Ended);
-                return None;
+                return match self.peek.stream == Some(true) {
+                    true => Some(self.stream_here(node, so_far).await),
+                    false => None,
+                };
             }
-            self.caller.log.model(&self.model);
-            match self.attempt(node).await {
+            self.caller.log.model(&self.peek.model);
+            let copy = self.copy(&so_far);
+            match self.attempt(node, &so_far).await {
                 Ok(answer) => {
                     self.roster.settle(node, request, Outcome::Began);
-                    return Some(self.pass_on(node, answer));
+                    return Some(self.pass_on(node, answer, so_far, copy).await);
                 }
                 Err(Failed::Refused(answer)) => {
-                    let seconds = answer.head.retry_after_s.unwrap_or(1);
-                    let retry_after = Duration::from_secs(u64::from(seconds));
-                    self.roster.settle(node, request, Outcome::Refused { retry_after });
-                    refused = Some(answer);
+                    self.roster.settle(node, request, answer.refusal());
+                    refused = Some(*answer);
                 }
                 Err(Failed::Lost(why)) => {
                     self.roster.settle(node, request, Outcome::Failed);
@@ -142,52 +170,70 @@ impl Forwarding {
         self.nobody(NoReplica::Unavailable(Vec::new()), refused, &tried).await
     }
 
+    /// The replica to ask: any, or one with the weights that the answer has begun on.
+    pub fn choose(&self, excluded: &[NodeId], weights: Option<u64>) -> Result<Choice, NoReplica> {
+        self.roster.choose(&Ask {
+            request: self.caller.log.id,
+            model: &self.peek.model,
+            prompt_tokens: (self.bytes.len() / BYTES_PER_TOKEN) as u64,
+            excluded,
+            suspected: &[],
+            weights,
+        })
+    }
+
     /// Asks a node and waits for the beginning of its answer, or for all of it if it is no stream.
-    async fn attempt(&self, node: NodeId) -> Result<Answer, Failed> {
+    pub async fn attempt(&self, node: NodeId, so_far: &SoFar) -> Result<Answer, Failed> {
         let left = self.caller.deadline.saturating_duration_since(Instant::now());
         let asking = async {
             if let Err(why) = self.roster.connect(node).await {
                 return Err(Failed::Lost(format!("cannot be reached: {why}")));
             }
-            self.ask(node, left).await.map_err(|error| Failed::Lost(error.to_string()))
+            self.ask(node, left, so_far).await.map_err(|error| Failed::Lost(error.to_string()))
         };
         let answer = tokio::select! {
             answered = tokio::time::timeout(left, asking) => answered.unwrap_or(Err(Failed::Deadline))?,
             () = self.roster.lost(node) => return Err(Failed::Lost("has gone silent".to_owned())),
         };
         match answer.head.status {
-            429 | 503 => Err(Failed::Refused(answer)),
+            429 | 503 => Err(Failed::Refused(Box::new(answer))),
             _ => Ok(answer),
         }
     }
 
-    async fn ask(&self, node: NodeId, left: Duration) -> Result<Answer, CallError> {
+    async fn ask(&self, node: NodeId, left: Duration, so_far: &SoFar) -> Result<Answer, CallError> {
         let mesh = self.roster.mesh().ok_or(CallError::NotConnected(node))?;
+        let journal = match &so_far.entries()[..] {
+            [] => Vec::new(),
+            entries => journal::to_bytes(entries),
+        };
         let head = Forward {
             request: self.caller.log.id.0,
             endpoint: self.endpoint,
             tenant: self.caller.tenant.as_str().to_owned(),
             traceparent: self.traceparent.clone(),
             deadline_ms: u64::try_from(left.as_millis()).unwrap_or(u64::MAX),
+            created: self.caller.created,
             body_bytes: self.bytes.len() as u64,
+            journal_bytes: journal.len() as u64,
+            first_event: so_far.next_event,
         };
         let call = CallRequest::new(wire::METHOD, left, head.to_bytes());
         let mut stream = mesh.open(node, &call.of(self.caller.log.id)).await?;
-        for part in self.bytes.chunks(PART_BYTES_MAX) {
+        for part in self.bytes.chunks(PART_BYTES_MAX).chain(journal.chunks(PART_BYTES_MAX)) {
             stream.part(part.to_vec()).await?;
         }
         stream.finish();
         let unreadable = || CallError::Unexpected { node, kind: 0 };
         let Heard::Part(bytes) = stream.next(left).await? else { return Err(unreadable()) };
         let head = ForwardReply::from_bytes(&bytes).map_err(|_| unreadable())?;
-        if is_stream(&head) {
-            return match stream.next(left).await? {
-                Heard::Part(first) => {
-                    Ok(Answer { head, first: Some(first.into()), stream: Some(stream) })
-                }
-                Heard::Reply(_) => Ok(Answer { head, first: None, stream: None }),
-                Heard::End => Err(unreadable()),
+        if head.is_stream() {
+            let mut rest = Source::Peer(stream);
+            let body = match rest.next(left).await? {
+                Some(first) => AnswerBody::Stream { first, rest },
+                None => AnswerBody::Whole(Bytes::new()),
             };
+            return Ok(Answer { head, body });
         }
         let mut whole = Vec::new();
         loop {
@@ -199,39 +245,107 @@ impl Forwarding {
                 Heard::Part(_) | Heard::End => return Err(unreadable()),
             }
         }
-        Ok(Answer { head, first: Some(whole.into()), stream: None })
+        Ok(Answer { head, body: AnswerBody::Whole(whole.into()) })
+    }
+
+    /// The answer of this node's own replica to a stream that another one has begun.
+    pub async fn answer_here(&self, so_far: &SoFar) -> (Response, Arc<Journal>) {
+        let journal = Arc::new(Journal::new(so_far.entries().clone(), so_far.next_event));
+        let caller = Caller { journal: Some(journal.clone()), ..self.caller.clone() };
+        let app = self.app.clone();
+        let response = super::answer_here(app, self.endpoint, self.bytes.clone(), caller).await;
+        (response, journal)
+    }
+
+    /// Has the stream copied, if the request asks for one.
+    pub fn copy(&self, so_far: &SoFar) -> Option<Copy> {
+        let weights = so_far.weights.filter(|_| self.peek.stream == Some(true))?;
+        let key = (self.caller.tenant.clone(), self.caller.log.id);
+        let begin = Begin {
+            endpoint: self.endpoint,
+            created: self.caller.created,
+            weights,
+            body: self.bytes.to_vec(),
+        };
+        // Prompts are choices, too, and not counted here.
+        let is_exact = self.peek.n.unwrap_or(1) > 1 || self.endpoint == Endpoint::Completions;
+        Copy::start(self.roster.clone(), key, begin, so_far.journal.clone(), is_exact)
+    }
+
+    /// This node's own answer, which another one can go on with.
+    async fn stream_here(self, node: NodeId, so_far: SoFar) -> Response {
+        let copy = self.copy(&so_far);
+        let (response, journal) = self.answer_here(&so_far).await;
+        let is_stream = |kind: &HeaderValue| kind.as_bytes().starts_with(b"text/event-stream");
+        let (head, body) = response.into_parts();
+        if !head.headers.get(header::CONTENT_TYPE).is_some_and(is_stream) {
+            return Response::from_parts(head, body);
+        }
+        let source = Source::Here(body, journal);
+        let body = Passing::new(self, node, source, so_far, copy).into_body(None).await;
+        Response::from_parts(head, body)
+    }
+
+    /// Goes on with a stream whose ingress has died, after the event that its client has seen last.
+    async fn resume(mut self, last_event: &str) -> Result<Response, Failure> {
+        let place = last_event.rsplit_once(':').and_then(|(request, number)| {
+            Some((request.parse::<RequestId>().ok()?, number.parse::<u64>().ok()?))
+        });
+        let Some((request, number)) = place else {
+            let what = "the id of an event as this service writes it: <request>:<number>";
+            return Err(ApiError::value(LAST_EVENT_ID, what).into());
+        };
+        let unknown = || {
+            let message = format!(
+                "no node knows stream {request}: it ended a while ago, or is another tenant's, or its                  copy is lost; ask again without {LAST_EVENT_ID}"
+            );
+            ApiError::new(ErrorCode::NotFound, message).at(LAST_EVENT_ID)
+        };
+        let found = self.roster.find_stream(&self.caller.tenant, request).await;
+        let (begin, entries) = found.ok_or_else(unknown)?;
+        let peek = serde_json::from_slice(&begin.body).map_err(|_| unknown())?;
+        if begin.endpoint != self.endpoint {
+            return Err(unknown().into());
+        }
+        tracing::info!(%request, event = number, entries = entries.len(), "a client comes back to a stream");
+        let trace = self.traceparent.as_deref().and_then(TraceParent::parse);
+        let log = RequestLog::new(request, "POST", self.endpoint.path(), trace, &self.app);
+        log.caller(None, &self.caller.tenant);
+        log.answered(200, None);
+        self.caller = Caller { log, created: begin.created, ..self.caller };
+        (self.peek, self.bytes) = (peek, begin.body.into());
+        let so_far = SoFar {
+            journal: Arc::new(Mutex::new(entries)),
+            next_event: number.saturating_add(1),
+            weights: Some(begin.weights),
+        };
+        let copy = self.copy(&so_far);
+        let body = Passing::resumed(self, so_far, copy).into_body(None).await;
+        let headers = [
+            (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
+            (header::CACHE_CONTROL, "no-cache"),
+        ];
+        Ok((headers, body).into_response())
     }
 
     /// The node's answer as this node's.
-    fn pass_on(&self, node: NodeId, answer: Answer) -> Response {
-        let Answer { head, first, stream } = answer;
-        let Some(stream) = stream else {
-            self.roster.settle(node, self.caller.log.id, Outcome::Ended);
-            return with_head(&head, first.map(Body::from).unwrap_or_default());
-        };
-        let (roster, cancel) = (self.roster.clone(), self.app.cancel.clone());
-        let over = async move {
-            tokio::select! {
-                () = roster.lost(node) => "it has gone silent",
-                () = cancel.cancelled() => "this node is shutting down",
+    async fn pass_on(
+        self,
+        node: NodeId,
+        answer: Answer,
+        so_far: SoFar,
+        copy: Option<Copy>,
+    ) -> Response {
+        let Answer { head, body } = answer;
+        let (first, rest) = match body {
+            AnswerBody::Stream { first, rest } => (first, rest),
+            AnswerBody::Whole(bytes) => {
+                self.roster.settle(node, self.caller.log.id, Outcome::Ended);
+                return with_head(&head, Body::from(bytes));
             }
         };
-        let passing = Passing {
-            stream,
-            node,
-            over: Box::pin(over),
-            request: self.caller.log.id,
-            roster: self.roster.clone(),
-            caller: self.caller.clone(),
-        };
-        let body = stream::unfold((first, Some(passing)), |(first, passing)| async move {
-            if let Some(first) = first {
-                return Some((Ok::<_, std::convert::Infallible>(first), (None, passing)));
-            }
-            let (bytes, passing) = passing?.advance().await?;
-            Some((Ok(bytes), (None, passing)))
-        });
-        let mut response = with_head(&head, Body::from_stream(body));
+        let body = Passing::new(self, node, rest, so_far, copy).into_body(Some(first)).await;
+        let mut response = with_head(&head, body);
         let headers = response.headers_mut();
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
         headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
@@ -246,8 +360,8 @@ impl Forwarding {
         tried: &[String],
     ) -> Option<Response> {
         // What the last busy node said is the best that can be said.
-        if let Some(Answer { head, first, .. }) = refused {
-            return Some(with_head(&head, first.map(Body::from).unwrap_or_default()));
+        if let Some(Answer { head, body: AnswerBody::Whole(bytes) }) = refused {
+            return Some(with_head(&head, Body::from(bytes)));
         }
         let NoReplica::Unavailable(nodes) = why else { return self.unheard_of() };
         // This node has the model and cannot serve it now: its own sentence says why.
@@ -261,7 +375,7 @@ impl Forwarding {
             }
         }
         let message =
-            format!("no node can answer for {:?} now: {}", self.model, reasons.join("; "));
+            format!("no node can answer for {:?} now: {}", self.peek.model, reasons.join("; "));
         let error = ApiError::new(ErrorCode::ModelUnavailable, message).retry_after_s(RETRY_S);
         Some(Failure(error).into_response())
     }
@@ -269,14 +383,14 @@ impl Forwarding {
     /// No node says that it has the model. This node says so, unless some have said nothing yet.
     fn unheard_of(&self) -> Option<Response> {
         let unheard = self.roster.unheard();
-        if unheard.is_empty() || self.app.registry.info(&self.model).is_some() {
+        if unheard.is_empty() || self.app.registry.info(&self.peek.model).is_some() {
             return None;
         }
         let named = unheard.iter().take(UNHEARD_NAMED_MAX).cloned().collect::<Vec<_>>().join(", ");
         let message = format!(
             "no node that this one reaches serves {:?}; what {} of the mesh's nodes serve is not known \
              here, since they cannot be reached: {named}",
-            self.model,
+            self.peek.model,
             unheard.len(),
         );
         let error = ApiError::new(ErrorCode::ModelNotFound, message).at("model");
@@ -289,46 +403,17 @@ impl Forwarding {
     }
 }
 
-/// A stream on its way through. Dropping it resets the call, which cancels the request there.
-struct Passing {
-    stream: CallStream,
-    node: NodeId,
-    /// Ends with why nothing more is awaited. One wait for all parts: to begin it for each costs time.
-    over: BoxFuture<'static, &'static str>,
-    request: RequestId,
-    roster: Arc<Roster>,
-    caller: Caller,
-}
-
-impl Passing {
-    /// The next bytes; without a `Passing` beside them they are the last.
-    async fn advance(mut self) -> Option<(Bytes, Option<Self>)> {
-        let left = self.caller.deadline.saturating_duration_since(Instant::now());
-        let heard = tokio::select! {
-            biased;
-            why = &mut self.over => Err(why.to_owned()),
-            heard = self.stream.next(left) => heard.map_err(|error| error.to_string()),
-        };
-        let why = match heard {
-            Ok(Heard::Part(part)) => return Some((part.into(), Some(self))),
-            Ok(Heard::Reply(_)) => return None,
-            Ok(Heard::End) => "the stream ended without its end".to_owned(),
-            Err(why) => why,
-        };
-        self.roster.settle(self.node, self.request, Outcome::Failed);
-        let name = self.roster.name_of(self.node);
-        tracing::warn!(request = %self.request, node = %name, why, "a node broke off an answer");
-        let code = ErrorCode::NodeLost;
-        self.caller.log.failed(code);
-        let message = format!("node {name} broke off the answer: {why}");
-        let json = serde_json::to_string(&ApiError::new(code, message).body()).unwrap_or_default();
-        Some((format!("event: error\ndata: {json}\n\n").into(), None))
+impl SoFar {
+    pub fn entries(&self) -> MutexGuard<'_, Vec<Entry>> {
+        self.journal.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Drop for Passing {
-    fn drop(&mut self) {
-        self.roster.settle(self.node, self.request, Outcome::Ended);
+impl Answer {
+    /// What the router shall know of a node that refused.
+    pub fn refusal(&self) -> Outcome {
+        let seconds = self.head.retry_after_s.unwrap_or(1);
+        Outcome::Refused { retry_after: Duration::from_secs(u64::from(seconds)) }
     }
 }
 
@@ -350,10 +435,6 @@ fn with_head(head: &ForwardReply, body: Body) -> Response {
     response
 }
 
-fn is_stream(head: &ForwardReply) -> bool {
-    head.content_type.starts_with("text/event-stream")
-}
-
 fn explain(why: Unavailable) -> Option<String> {
     let seconds = |d: Duration| d.as_secs_f64();
     Some(match why {
@@ -365,6 +446,7 @@ fn explain(why: Unavailable) -> Option<String> {
         Unavailable::Busy { retry_after } => {
             format!("has no room for {:.1} s", seconds(retry_after))
         }
+        Unavailable::OtherWeights => "has other weights under this name".to_owned(),
         // Said already.
         Unavailable::Tried => return None,
     })
@@ -374,6 +456,8 @@ fn text(headers: &HeaderMap, name: &str) -> Option<String> {
     headers.get(name).and_then(|v| v.to_str().ok()).map(str::to_owned)
 }
 
+/// How a client says which event of a stream it has seen last (WHATWG HTML, section 9.2).
+const LAST_EVENT_ID: &str = "last-event-id";
 /// Nodes that are asked for one request.
 const ATTEMPTS_MAX: usize = 3;
 /// A guess, for the router only: English has about four bytes to a token, JSON around it.

@@ -1,14 +1,18 @@
 //! A running request: its events as they come, the times and tokens that metrics want.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
 use engine::replica::{Event, FinishReason, RequestError};
 use engine::sampler::SampledToken;
 use protocol::api::{ApiError, ErrorCode, Usage};
+use protocol::journal::Entry;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use super::guard::Caller;
+use super::journal::{self, Journal};
 use super::log::RequestLog;
 use crate::model::Model;
 use crate::replica::{PartEvent, SubmitError, Work};
@@ -34,6 +38,9 @@ pub(crate) enum Update {
 pub(crate) struct Generation {
     pub log: Arc<RequestLog>,
     pub model: Arc<Model>,
+    pub journal: Option<Arc<Journal>>,
+    /// What was generated before, and whether it stands in the journal.
+    replayed: VecDeque<(PartEvent, bool)>,
     events: mpsc::Receiver<PartEvent>,
     cancel: CancellationToken,
     choices_per_part: usize,
@@ -42,13 +49,18 @@ pub(crate) struct Generation {
     cached_tokens: Vec<Option<usize>>,
     choices: Vec<ChoiceTimes>,
     generated: u64,
+    /// Tokens that another replica has drawn, and counted.
+    generated_before: u64,
 }
 
 #[derive(Clone, Copy, Default)]
 struct ChoiceTimes {
     first: Option<Instant>,
     last: Option<Instant>,
+    /// Drawn here.
     tokens: u64,
+    /// Drawn anywhere.
+    tokens_total: u64,
 }
 
 impl Generation {
@@ -56,21 +68,28 @@ impl Generation {
     /// waits until the replica has taken or refused them.
     pub async fn start(
         model: Arc<Model>,
-        log: Arc<RequestLog>,
+        caller: &Caller,
         cancel: CancellationToken,
-        parts: Vec<Work>,
+        mut parts: Vec<Work>,
         prompt_tokens: u64,
         choices_per_part: usize,
     ) -> Result<Generation, ApiError> {
         let choices = parts.len() * choices_per_part;
-        let cached_tokens = vec![None; parts.len()];
-        let events = tokio::select! {
+        let mut cached_tokens = vec![None; parts.len()];
+        let before = caller.journal.as_ref().map_or(&[][..], |journal| journal.before());
+        if !before.is_empty() {
+            resume(&mut parts, before, choices_per_part, &mut cached_tokens)?;
+        }
+        let (replayed, events) = tokio::select! {
             submitted = model.replica.submit(parts) => submitted.map_err(submit_error)?,
             () = cancel.cancelled() => return Err(super::shutting_down()),
         };
+        let replayed = journal::in_order(before, choices_per_part, replayed).collect();
         Ok(Generation {
-            log,
+            log: caller.log.clone(),
             model,
+            journal: caller.journal.clone(),
+            replayed,
             events,
             cancel,
             choices_per_part,
@@ -79,19 +98,26 @@ impl Generation {
             cached_tokens,
             choices: vec![ChoiceTimes::default(); choices],
             generated: 0,
+            generated_before: 0,
         })
     }
 
     /// The next update; `None` when every choice has ended.
     pub async fn next(&mut self) -> Option<Update> {
         while self.choices_open > 0 {
+            if let Some((event, stood)) = self.replayed.pop_front() {
+                match self.take(event, stood) {
+                    Some(update) => return Some(update),
+                    None => continue,
+                }
+            }
             let event = tokio::select! {
                 biased;
                 event = self.events.recv() => event,
                 () = self.cancel.cancelled() => return Some(self.fail(super::shutting_down())),
             };
             let Some(event) = event else { return Some(self.fail(lost())) };
-            if let Some(update) = self.take(event) {
+            if let Some(update) = self.take(event, false) {
                 return Some(update);
             }
         }
@@ -101,17 +127,15 @@ impl Generation {
     /// The next update if it is there already.
     pub fn try_next(&mut self) -> Option<Update> {
         while self.choices_open > 0 {
-            let event = self.events.try_recv().ok()?;
-            if let Some(update) = self.take(event) {
+            let (event, stood) = match self.replayed.pop_front() {
+                Some(replayed) => replayed,
+                None => (self.events.try_recv().ok()?, false),
+            };
+            if let Some(update) = self.take(event, stood) {
                 return Some(update);
             }
         }
         None
-    }
-
-    /// Tokens generated so far, over all choices.
-    pub fn generated(&self) -> u64 {
-        self.generated
     }
 
     pub fn choice_count(&self) -> usize {
@@ -126,41 +150,55 @@ impl Generation {
         self.cached_tokens.iter().flatten().map(|&n| n as u64).sum()
     }
 
-    fn take(&mut self, (part, event): PartEvent) -> Option<Update> {
+    /// `stood` says that the event stands in the journal already: others have counted it.
+    fn take(&mut self, (part, event): PartEvent, stood: bool) -> Option<Update> {
         let base = part * self.choices_per_part;
-        match event {
-            Event::Started { cached_tokens, .. } => {
-                // Of several choices the first one tells what was cached before the request.
-                if self.cached_tokens[part].is_none() {
-                    self.cached_tokens[part] = Some(cached_tokens);
-                    self.model.metrics.queue_time.record(self.log.started.elapsed().as_secs_f64());
-                }
-                None
+        if let Event::Started { cached_tokens, .. } = event {
+            // Of several choices the first one tells what was cached before the request; of several
+            // replicas, too.
+            if self.cached_tokens[part].is_some() {
+                return None;
             }
+            self.cached_tokens[part] = Some(cached_tokens);
+            self.model.metrics.queue_time.record(self.log.started.elapsed().as_secs_f64());
+        }
+        if let (Some(journal), false) = (&self.journal, stood)
+            && let Some(entry) = journal::entry(part, self.choices_per_part, &event)
+        {
+            journal.record(entry);
+        }
+        match event {
             Event::Token { choice, sampled, text, .. } => {
-                self.count_token(base + choice);
+                self.count_token(base + choice, stood);
                 Some(Update::Token { choice: base + choice, sampled, text })
             }
             Event::Finished { choice, reason, text, generated } => {
                 // Ending tokens are generated and have no event of their own.
-                let counted = self.choices[base + choice].tokens;
-                self.generated += (generated as u64).saturating_sub(counted);
+                let counted = self.choices[base + choice].tokens_total;
+                let ending = (generated as u64).saturating_sub(counted);
+                self.generated += ending;
+                self.generated_before += if stood { ending } else { 0 };
                 self.choices_open -= 1;
                 self.record_choice(base + choice);
                 Some(Update::Finished { choice: base + choice, reason, text })
             }
             Event::Failed { error, .. } => Some(self.fail(request_error(error))),
-            Event::Embedding { .. } | Event::Scores { .. } => None,
+            Event::Started { .. } | Event::Embedding { .. } | Event::Scores { .. } => None,
         }
     }
 
-    fn count_token(&mut self, choice: usize) {
-        let now = Instant::now();
+    fn count_token(&mut self, choice: usize, stood: bool) {
+        let (now, is_first) = (Instant::now(), self.generated == 0);
+        self.generated += 1;
+        self.choices[choice].tokens_total += 1;
+        if stood {
+            self.generated_before += 1;
+            return;
+        }
         let metrics = &self.model.metrics;
-        if self.generated == 0 {
+        if is_first {
             metrics.time_to_first_token.record((now - self.log.started).as_secs_f64());
         }
-        self.generated += 1;
         let times = &mut self.choices[choice];
         times.tokens += 1;
         times.first.get_or_insert(now);
@@ -170,7 +208,7 @@ impl Generation {
     }
 
     fn record_choice(&self, choice: usize) {
-        let ChoiceTimes { first, last, tokens } = self.choices[choice];
+        let ChoiceTimes { first, last, tokens, .. } = self.choices[choice];
         if let (Some(first), Some(last)) = (first, last)
             && tokens > 1
         {
@@ -182,6 +220,7 @@ impl Generation {
     /// Ends the request: its receiver is closed, so the replica cancels what still runs.
     fn fail(&mut self, error: ApiError) -> Update {
         self.choices_open = 0;
+        self.replayed.clear();
         self.events.close();
         self.log.failed(error.code);
         if error.code == ErrorCode::InternalError {
@@ -199,10 +238,37 @@ impl Drop for Generation {
         let cached = self.cached_total();
         let metrics = &self.model.metrics;
         metrics.input_tokens.record(self.prompt_tokens as f64);
-        metrics.output_tokens.record(self.generated as f64);
+        metrics.output_tokens.record((self.generated - self.generated_before) as f64);
         metrics.cached_tokens.increment(cached);
         self.log.tokens(self.prompt_tokens, cached, self.generated);
     }
+}
+
+/// Has each part go on where the journal ends.
+fn resume(
+    parts: &mut [Work],
+    before: &[Entry],
+    choices_per_part: usize,
+    cached_tokens: &mut [Option<usize>],
+) -> Result<(), ApiError> {
+    let foreign = || {
+        let message = "the journal of the stream does not belong to this request";
+        ApiError::new(ErrorCode::InternalError, message)
+    };
+    for entry in before {
+        if let Entry::Started { prompt, cached_tokens: cached } = entry {
+            let slot = cached_tokens.get_mut(*prompt as usize).ok_or_else(foreign)?;
+            *slot = Some(usize::try_from(*cached).unwrap_or(usize::MAX));
+        }
+    }
+    let mut resumed =
+        journal::resumed(before, parts.len() * choices_per_part).ok_or_else(foreign)?.into_iter();
+    for part in parts {
+        if let Work::Generate(request) = part {
+            request.resume = resumed.by_ref().take(choices_per_part).collect();
+        }
+    }
+    Ok(())
 }
 
 /// Runs parts that answer with one event each; gives what `take` makes of these, in their order.
@@ -215,7 +281,7 @@ pub(crate) async fn answers<T: Clone + Default>(
     let mut answers = vec![T::default(); parts.len()];
     let run = async {
         let mut open = parts.len();
-        let mut events = model.replica.submit(parts).await.map_err(submit_error)?;
+        let (_, mut events) = model.replica.submit(parts).await.map_err(submit_error)?;
         while open > 0 {
             let (part, event) =
                 events.recv().await.ok_or_else(|| submit_error(SubmitError::Stopped))?;
@@ -277,6 +343,8 @@ fn request_error(error: RequestError) -> ApiError {
         RequestError::NothingToGenerate => plain(ErrorCode::InvalidValue).at("max_tokens"),
         RequestError::TooManyChoices(_) => plain(ErrorCode::InvalidValue).at("n"),
         RequestError::BadStop(_) => plain(ErrorCode::InvalidValue).at("stop"),
-        RequestError::NoToken { .. } | RequestError::Step(_) => plain(ErrorCode::InternalError),
+        RequestError::NoToken { .. } | RequestError::Step(_) | RequestError::BadResume(_) => {
+            plain(ErrorCode::InternalError)
+        }
     }
 }

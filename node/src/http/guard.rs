@@ -12,9 +12,10 @@ use axum::response::{IntoResponse, Response};
 use protocol::TenantId;
 use protocol::api::{ApiError, ErrorCode};
 
-use super::App;
 use super::error::Failure;
+use super::journal::Journal;
 use super::log::{RequestLog, TraceParent};
+use super::{App, unix_now};
 
 /// Who asks, for handlers.
 #[derive(Clone)]
@@ -23,6 +24,10 @@ pub(crate) struct Caller {
     pub log: Arc<RequestLog>,
     /// When its answer must be complete.
     pub deadline: Instant,
+    /// When it asked, seconds since 1970: where one answer is made on two nodes, both say the same.
+    pub created: u64,
+    /// Where the stream is written down, for another node to go on with it.
+    pub journal: Option<Arc<Journal>>,
 }
 
 /// Names the request, lets it through or refuses it, and names the answer.
@@ -47,7 +52,13 @@ pub(crate) async fn guard(
     let mut response = match admitted {
         Ok((tenant, timeout)) => {
             let deadline = log.started + timeout;
-            request.extensions_mut().insert(Caller { tenant, log: log.clone(), deadline });
+            request.extensions_mut().insert(Caller {
+                tenant,
+                log: log.clone(),
+                deadline,
+                created: unix_now(),
+                journal: None,
+            });
             next.run(request).await
         }
         Err(error) => Failure(error).into_response(),

@@ -7,14 +7,18 @@ mod auth;
 mod body;
 mod chat;
 mod completions;
+#[cfg(test)]
+mod continued_tests;
 mod embeddings;
 mod error;
 mod forward;
 mod generation;
 mod guard;
+mod journal;
 mod log;
 pub mod openapi;
 mod params;
+mod passing;
 mod sse;
 mod system;
 mod tools;
@@ -23,14 +27,20 @@ use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
+use axum::body::Body;
+use axum::http::{HeaderValue, Method, Request, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use bytes::Bytes;
 use protocol::api::{ApiError, ErrorCode};
+use protocol::forward::Endpoint;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tower::ServiceExt;
 use tower_http::catch_panic::CatchPanicLayer;
 
 pub(crate) use guard::Caller;
+pub(crate) use journal::Journal;
 pub(crate) use log::{RequestLog, TraceParent};
 
 pub use auth::{
@@ -88,9 +98,24 @@ fn inference() -> Router<Arc<App>> {
         .route("/v1/embeddings", post(embeddings::embeddings))
 }
 
-/// The handlers for requests that came in at another node: they are answered here and nowhere else.
-pub(crate) fn answering(app: Arc<App>) -> Router {
-    inference().layer(CatchPanicLayer::custom(panicked)).with_state(app)
+/// Answers a request here and nowhere else: one that came in at another node, or that another has begun.
+pub(crate) async fn answer_here(
+    app: Arc<App>,
+    endpoint: Endpoint,
+    body: Bytes,
+    caller: Caller,
+) -> Response {
+    let mut request = Request::new(Body::from(body));
+    *request.method_mut() = Method::POST;
+    *request.uri_mut() = Uri::from_static(endpoint.path());
+    let json = HeaderValue::from_static("application/json");
+    request.headers_mut().insert(header::CONTENT_TYPE, json);
+    request.extensions_mut().insert(caller);
+    let handlers = inference().layer(CatchPanicLayer::custom(panicked)).with_state(app);
+    match handlers.oneshot(request).await {
+        Ok(response) => response,
+        Err(never) => match never {},
+    }
 }
 
 /// The API of a node; `control` is what only admins may ask.

@@ -1,7 +1,9 @@
 //! Answers as server-sent events (WHATWG HTML, section 9.2), in OpenAI's dialect.
 //!
-//! Every event has `id: <request>:<tokens generated so far>`. The stream ends with `data: [DONE]`, or
-//! with an event named `error`, after which nothing comes. Silence is broken by comments.
+//! Every event has `id: <request>:<number>`, counted from 0 up to the last, `data: [DONE]`. A stream that
+//! fails ends with an event named `error`, which is no part of the answer and has no id. Silence is broken
+//! by comments. A stream that another node began is written again from its journal, and shown from the
+//! first event that its client has not seen.
 
 use std::convert::Infallible;
 use std::fmt::Write;
@@ -12,6 +14,7 @@ use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use futures_util::stream;
+use protocol::RequestId;
 use protocol::api::ApiError;
 use serde::Serialize;
 
@@ -27,43 +30,59 @@ pub(crate) trait Chunks: Send + 'static {
     fn close(&mut self, generation: &Generation, out: &mut Frames);
 }
 
-/// Events that are written in one go.
+/// The events of one stream, as far as they have not been sent.
 pub(crate) struct Frames {
+    request: RequestId,
     text: String,
-    id: String,
+    /// The number of the next event.
+    next: u64,
+    /// Those before have been seen.
+    first: u64,
 }
 
 impl Frames {
     fn new(generation: &Generation) -> Frames {
-        let mut frames = Frames { text: String::new(), id: String::new() };
-        frames.point(generation);
-        frames
-    }
-
-    /// Ids of the next frames name this state of the stream.
-    fn point(&mut self, generation: &Generation) {
-        self.id.clear();
-        let _ = write!(self.id, "{}:{}", generation.log.id, generation.generated());
+        let first = generation.journal.as_ref().map_or(0, |journal| journal.first_event());
+        Frames { request: generation.log.id, text: String::new(), next: 0, first }
     }
 
     pub fn push(&mut self, chunk: &impl Serialize) {
+        if self.next < self.first {
+            self.next += 1;
+            return;
+        }
         // Chunks are maps with string keys and finite numbers: they cannot fail to be JSON.
         if let Ok(json) = serde_json::to_string(chunk) {
-            self.frame(None, &json);
+            self.event(&json);
         }
     }
 
-    fn frame(&mut self, event: Option<&str>, data: &str) {
-        if let Some(event) = event {
-            let _ = writeln!(self.text, "event: {event}");
+    fn event(&mut self, data: &str) {
+        if self.next >= self.first {
+            let _ = write!(self.text, "id: {}:{}\ndata: {data}\n\n", self.request, self.next);
         }
-        let _ = write!(self.text, "id: {}\ndata: {data}\n\n", self.id);
+        self.next += 1;
+    }
+
+    fn error(&mut self, error: &ApiError) {
+        self.text.push_str(&error_event(error));
+    }
+
+    fn take(&mut self) -> Bytes {
+        std::mem::take(&mut self.text).into()
     }
 }
 
+/// The end of a stream that failed.
+pub(super) fn error_event(error: &ApiError) -> String {
+    let json = serde_json::to_string(&error.body()).unwrap_or_default();
+    format!("event: error\ndata: {json}\n\n")
+}
+
 /// Streams a generation. The head of the answer waits for the first update, at most `keep_alive`, so
-/// that a request which fails before its first token is refused with a status. The body holds the generation: when the client goes, hyper drops the body,
-/// and with it the receiver that the replica watches.
+/// that a request which fails before its first token is refused with a status. The body holds the
+/// generation: when the client goes, hyper drops the body, and with it the receiver that the replica
+/// watches.
 ///
 /// # Errors
 /// What the first update says, when it is a failure.
@@ -74,23 +93,21 @@ pub(crate) async fn response(
 ) -> Result<Response, ApiError> {
     let mut frames = Frames::new(&generation);
     chunks.open(&mut frames);
-    let mut running = match tokio::time::timeout(keep_alive, generation.next()).await {
+    let first = match tokio::time::timeout(keep_alive, generation.next()).await {
         Ok(Some(Update::Failed(error))) => return Err(error),
-        Ok(first) => Running { generation, chunks, keep_alive }.write(first, &mut frames),
-        Err(_) => Some(Running { generation, chunks, keep_alive }),
+        first => first.ok(),
     };
-    if frames.text.is_empty()
-        && let Some(waiting) = running.take()
-    {
-        (frames.text, running) = waiting.advance().await;
+    let mut running = Running { generation: Some(generation), chunks, frames, keep_alive };
+    if let Some(first) = first {
+        running.write(first);
     }
-    let first = Bytes::from(frames.text);
-    let body = stream::unfold((Some(first), running), |(first, running)| async move {
-        if let Some(first) = first {
-            return Some((Ok::<_, Infallible>(first), (None, running)));
-        }
-        let (text, running) = running?.advance().await;
-        Some((Ok(text.into()), (None, running)))
+    let first = running.advance().await;
+    let body = stream::unfold((first, running), |(first, mut running)| async move {
+        let text = match first {
+            Some(first) => first,
+            None => running.advance().await?,
+        };
+        Some((Ok::<_, Infallible>(text), (None, running)))
     });
     let headers = [
         (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
@@ -102,54 +119,67 @@ pub(crate) async fn response(
 }
 
 struct Running<C> {
-    generation: Generation,
+    /// Until the end.
+    generation: Option<Generation>,
     chunks: C,
+    frames: Frames,
     keep_alive: Duration,
 }
 
 impl<C: Chunks> Running<C> {
     /// Waits for something to send. `None` after the end.
-    async fn advance(mut self) -> (String, Option<Self>) {
-        let mut frames = Frames::new(&self.generation);
-        loop {
-            let next = tokio::time::timeout(self.keep_alive, self.generation.next()).await;
-            let Ok(next) = next else { return (": keep-alive\n\n".to_owned(), Some(self)) };
-            match self.write(next, &mut frames) {
-                Some(running) if frames.text.is_empty() => self = running,
-                running => return (frames.text, running),
+    async fn advance(&mut self) -> Option<Bytes> {
+        while self.frames.text.is_empty() {
+            let next = tokio::time::timeout(self.keep_alive, self.generation.as_mut()?.next());
+            match next.await {
+                Ok(next) => self.write(next),
+                Err(_) => return Some(Bytes::from_static(KEEP_ALIVE)),
             }
         }
+        Some(self.frames.take())
     }
 
-    /// Writes an update and those that are there already. `None` after the end.
-    fn write(mut self, mut next: Option<Update>, frames: &mut Frames) -> Option<Self> {
+    /// Writes an update and those that are there already.
+    fn write(&mut self, mut next: Option<Update>) {
         for left in (0..UPDATES_PER_WRITE_MAX).rev() {
-            frames.point(&self.generation);
-            match next {
+            let Some(generation) = &mut self.generation else { return };
+            let is_end = match next {
                 Some(Update::Failed(error)) => {
-                    if let Ok(json) = serde_json::to_string(&error.body()) {
-                        frames.frame(Some("error"), &json);
+                    self.frames.error(&error);
+                    if let Some(journal) = &generation.journal {
+                        journal.failed(error.code);
                     }
-                    return None;
+                    true
                 }
-                Some(update) => self.chunks.update(update, frames),
+                Some(update) => {
+                    self.chunks.update(update, &mut self.frames);
+                    false
+                }
                 None => {
-                    self.chunks.close(&self.generation, frames);
-                    frames.frame(None, "[DONE]");
-                    return None;
+                    self.chunks.close(generation, &mut self.frames);
+                    self.frames.event("[DONE]");
+                    true
                 }
+            };
+            if let Some(journal) = &generation.journal {
+                journal.written(self.frames.next);
+            }
+            if is_end {
+                self.generation = None;
+                return;
             }
             next = match left {
                 0 => None,
-                _ => self.generation.try_next(),
+                _ => generation.try_next(),
             };
             if next.is_none() {
-                break;
+                return;
             }
         }
-        Some(self)
     }
 }
+
+const KEEP_ALIVE: &[u8] = b": keep-alive\n\n";
 
 /// Updates that are written together when they are there together.
 const UPDATES_PER_WRITE_MAX: usize = 64;

@@ -8,6 +8,7 @@
 mod answer;
 mod connections;
 mod control;
+mod copies;
 mod exchange;
 mod frames;
 mod identity;
@@ -28,6 +29,7 @@ mod upkeep;
 
 pub use connections::{CloseCode, PeerEvent, Service};
 pub use control::{CONTROL_SOCKET, ControlRoutes, ControlServer};
+pub(crate) use copies::{Copy, SharedJournal};
 pub use identity::{Clock, Identity, IdentityError, Standing, system_clock};
 pub use key_file::KeyFileError;
 pub use limits::{MeshCounters, MeshLimits};

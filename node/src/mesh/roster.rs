@@ -8,14 +8,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
+use protocol::backup::{FETCH, KEEP};
 use protocol::membership::{Addresses, MembershipStats};
 use protocol::node_record::{NodeRecord, ReplicaRecord, ReplicaState};
 use protocol::records::{Records, RecordsConfig, RecordsInput, RecordsOutput};
 use protocol::{Duration, Instant, Machine, NodeId, RequestId};
+use scheduler::journals::{Journals, JournalsConfig};
 use scheduler::router::{Ask, Choice, NoReplica, Outcome, ReplicaLoad, Router, RouterConfig};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -30,9 +32,13 @@ use crate::metrics::Sample;
 
 /// See the module. Made before the mesh, whose service it is, and started after it.
 pub struct Roster {
+    /// For work that outlives a call.
+    me: Weak<Roster>,
     origin: std::time::Instant,
     started: OnceLock<Started>,
     state: OnceLock<Mutex<State>>,
+    /// Copies of other nodes' streams.
+    journals: Mutex<Journals>,
     /// The records' machine has something to do earlier than the task knows.
     wake: Notify,
     stop: CancellationToken,
@@ -111,10 +117,12 @@ pub struct PeerLine {
 
 impl Roster {
     pub fn new() -> Arc<Roster> {
-        Arc::new(Roster {
+        Arc::new_cyclic(|me| Roster {
+            me: me.clone(),
             origin: std::time::Instant::now(),
             started: OnceLock::new(),
             state: OnceLock::new(),
+            journals: Mutex::new(Journals::new(JournalsConfig::default())),
             wake: Notify::new(),
             stop: CancellationToken::new(),
         })
@@ -314,8 +322,23 @@ impl Roster {
         samples.extend(super::samples::of_router(&state.router, now));
         samples.extend(super::samples::of_records(&state.exchanges, state.nodes.len()));
         drop(state);
+        samples.extend(super::copies::samples(&self.journals));
         samples.extend(started.mesh.counters().samples());
         samples
+    }
+
+    pub(super) fn journals(&self) -> &Mutex<Journals> {
+        &self.journals
+    }
+
+    /// Other members that are there and not suspected.
+    pub(super) fn members_well(&self) -> Vec<NodeId> {
+        let (Some(started), Some(_)) = (self.started.get(), self.state.get()) else {
+            return Vec::new();
+        };
+        let suspected = started.members.suspected();
+        let state = self.lock();
+        state.present.iter().filter(|node| !suspected.contains(node)).copied().collect()
     }
 
     /// A node's name for people: its record's, or the beginning of its id.
@@ -483,7 +506,7 @@ impl Roster {
         }
     }
 
-    fn now(&self) -> Instant {
+    pub(super) fn now(&self) -> Instant {
         Instant::ORIGIN + self.origin.elapsed()
     }
 
@@ -522,6 +545,10 @@ impl Service for Roster {
                     let _ = call.stream.reply(own).await;
                 }))
             }
+            KEEP | FETCH => match self.me.upgrade() {
+                Some(roster) => Ok(Box::pin(roster.answer_copies(call))),
+                None => Err(call.into()),
+            },
             protocol::forward::METHOD => Ok(Box::pin(answer::answer(started.app.clone(), call))),
             _ => Err(call.into()),
         }

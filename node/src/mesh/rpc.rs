@@ -99,6 +99,11 @@ pub enum Heard {
 }
 
 impl CallStream {
+    /// The node at the other end.
+    pub fn peer(&self) -> NodeId {
+        self.peer
+    }
+
     /// Sends one part.
     pub async fn part(&mut self, body: Vec<u8>) -> Result<(), CallError> {
         self.send(Frame { kind: Kind::RPC_PART, body }).await

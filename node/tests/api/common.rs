@@ -63,8 +63,9 @@ fn sampled(token: TokenId) -> SampledToken {
 }
 
 impl Core for Script {
-    fn submit(&mut self, _now: Instant, work: Work) -> Result<(), RequestError> {
+    fn submit(&mut self, _now: Instant, work: Work) -> Result<Vec<Event>, RequestError> {
         let id = work.request();
+        let mut replayed = Vec::new();
         let job = match work {
             Work::Generate(request) => {
                 request.sampling.validate(VOCAB)?;
@@ -76,13 +77,14 @@ impl Core for Script {
                     let tokens = request.prompt.len();
                     return Err(RequestError::TooLong { tokens, limit: CONTEXT });
                 }
-                Job::Generate { request, said: 0 }
+                let said = replay(&request, &mut replayed);
+                Job::Generate { request, said }
             }
             Work::Embed(request) => Job::Embed(request.tokens),
             Work::Score(request) => Job::Score(request.tokens),
         };
         self.jobs.insert(id, job);
-        Ok(())
+        Ok(replayed)
     }
 
     fn cancel(&mut self, _now: Instant, request: RequestId) {
@@ -152,6 +154,18 @@ impl Core for Script {
             preemptions: 0,
         }
     }
+}
+
+/// Says again what was said before; how many tokens that is of each choice.
+fn replay(request: &GenerateRequest, events: &mut Vec<Event>) -> usize {
+    for (choice, resumed) in request.resume.iter().enumerate() {
+        for (index, sampled) in resumed.tokens.iter().enumerate() {
+            let text = text_of(&[sampled.token]);
+            let (index, sampled) = (index as u64, sampled.clone());
+            events.push(Event::Token { choice, index, sampled, text });
+        }
+    }
+    request.resume.first().map_or(0, |resumed| resumed.tokens.len())
 }
 
 /// One token for each choice; true when the request is complete.
@@ -247,8 +261,10 @@ fn event(text: &str) -> (Option<String>, String, String) {
         let of = |line: &str| line.strip_prefix(name).map(str::to_owned);
         text.lines().find_map(of)
     };
-    let id = field("id: ").unwrap_or_else(|| panic!("an event without id: {text}"));
-    (field("event: "), id, field("data: ").unwrap_or_else(|| panic!("no data: {text}")))
+    // An error is no part of the answer, and has no id.
+    let (kind, id) = (field("event: "), field("id: "));
+    assert!(id.is_some() != kind.is_some(), "{text}");
+    (kind, id.unwrap_or_default(), field("data: ").unwrap_or_else(|| panic!("no data: {text}")))
 }
 
 /// A connection that has sent a request.

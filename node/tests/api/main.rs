@@ -4,3 +4,4 @@ mod byte_tokenizer;
 mod common;
 mod http;
 mod real;
+mod tiny_model;

@@ -1,57 +1,17 @@
 //! The HTTP server over the real engine with a small random model: its text means nothing, so what
 //! is tested are promises that hold for any weights.
 
-use std::sync::Arc;
-
 use crate::common::*;
-use cache::{IdentityParts, NumericalIdentity};
-use engine::chat::ChatTemplate;
-use engine::executor::{Executor, ExecutorOptions, KvCapacity};
-use engine::model::{Architecture, Decoder, LoadOptions};
-use engine::replica::Replica;
-use engine::tokenizer::Tokenizer;
-use engine::weights::testing::{gguf, tiny};
-use engine::weights::{Format, ModelSource};
-use kernels::isa::Isa;
+use crate::tiny_model::load;
+use engine::model::Architecture;
 use node::{Loaded, ModelOptions, Node, NodeOptions};
-use scheduler::BatcherConfig;
 use serde_json::{Value, json};
 
-const BLOCKS: usize = 256;
-
-fn load(architecture: Architecture) -> Loaded {
-    let file = tempfile::NamedTempFile::new().expect("a place for a file");
-    let bytes = gguf(&tiny(architecture), Format::Q8_0, 7).bytes();
-    std::fs::write(file.path(), bytes).expect("the file is written");
-    let source = ModelSource::open(file.path()).expect("a valid model");
-    let tokenizer = Tokenizer::new(&source.tokenizer).expect("its tokenizer");
-    let template = source.chat_template.as_deref().expect("its template");
-    let template = ChatTemplate::new(template).expect("its template compiles");
-    let (hidden, context) = (source.config.hidden, source.config.context);
-    let mut progress = |_| {};
-    let options =
-        LoadOptions { isa: Isa::detect(), threads: 1, quant: None, progress: &mut progress };
-    let decoder = Decoder::load(Arc::new(source), options).expect("its weights");
-    let options = ExecutorOptions {
-        kv_capacity: KvCapacity::Blocks(BLOCKS),
-        threads: 1,
-        ..ExecutorOptions::default()
-    };
-    let executor = Executor::new(decoder, &options).expect("an executor");
-    let identity = NumericalIdentity::new(&IdentityParts {
-        weights: &executor.identity().digest(),
-        architecture: "tiny",
-        kv_dtype: "f16",
-        rope: "",
-        adapter: "",
-    });
-    let config = BatcherConfig::new(BLOCKS as u32, context, identity);
-    let replica = Replica::new(executor, tokenizer, config, [7; 32]).expect("a replica");
-    Loaded::new(replica, template, hidden, "fp_tiny".to_owned())
-}
-
 async fn tiny_node() -> Node {
-    let loader = Box::new(|_: &dyn Fn(f32, &'static str)| Ok(load(Architecture::Llama)));
+    let loader = Box::new(|_: &dyn Fn(f32, &'static str)| {
+        let (replica, template, hidden) = load(Architecture::Llama);
+        Ok(Loaded::new(replica, template, hidden, "fp_tiny".to_owned()))
+    });
     let model = ModelOptions { id: "m".to_owned(), loader };
     start(NodeOptions::new(loopback(), vec![model])).await
 }

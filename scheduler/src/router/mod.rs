@@ -82,6 +82,8 @@ pub struct Ask<'a> {
     pub excluded: &'a [NodeId],
     /// Nodes that membership suspects: asked only if no other can be, since they may well be healthy.
     pub suspected: &'a [NodeId],
+    /// Only replicas with these weights: the answer has begun on them.
+    pub weights: Option<u64>,
 }
 
 /// How an attempt went.
@@ -119,12 +121,16 @@ pub enum Unavailable {
     Busy { retry_after: Duration },
     /// It failed this very request.
     Tried,
+    /// The answer has begun on other weights.
+    OtherWeights,
 }
 
 /// The choice and what it was made of.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Choice {
     pub node: NodeId,
+    /// Of its replica.
+    pub weights: u64,
     /// Expected wait and harm, lower is better.
     pub cost: Duration,
     /// Replicas that could have been asked.
@@ -234,13 +240,17 @@ impl Router {
     /// name stands for is asked only where no other can be, and a suspect only before those. Ties are
     /// broken by the request's id, so that routers which know the same do not all choose the same.
     pub fn choose(&mut self, now: Instant, ask: &Ask<'_>) -> Result<Choice, NoReplica> {
-        let weights = self.weights(ask.model).map(|(weights, _)| weights);
+        let weights = ask.weights.or_else(|| Some(self.weights(ask.model)?.0));
         let mut best: Option<((bool, bool), u64, u64, NodeId)> = None;
         let (mut candidates, mut unavailable) = (0, Vec::new());
         for (&id, node) in &self.nodes {
             let Some(load) = node.replicas.get(ask.model) else { continue };
             if let Some(why) = node.unavailable(now, id == self.own, load, ask.excluded, id) {
                 unavailable.push((id, why));
+                continue;
+            }
+            if ask.weights.is_some_and(|weights| weights != load.weights) {
+                unavailable.push((id, Unavailable::OtherWeights));
                 continue;
             }
             candidates += 1;
@@ -264,13 +274,14 @@ impl Router {
         };
         *chosen += 1;
         let node = self.nodes.get_mut(&id).expect("chosen among them");
+        let weights = node.replicas.get(ask.model).map_or(0, |load| load.weights);
         node.breaker.tried(now);
         if node.sent.len() < SENT_PER_NODE_MAX {
             let model = ask.model.to_owned();
             let sent = Sent { at: now, model, prompt_tokens: ask.prompt_tokens };
             node.sent.insert(ask.request, sent);
         }
-        Ok(Choice { node: id, cost: Duration::from_micros(cost), candidates })
+        Ok(Choice { node: id, weights, cost: Duration::from_micros(cost), candidates })
     }
 
     /// How an attempt went that [`Router::choose`] gave out. Unknown ones are ignored: the node may

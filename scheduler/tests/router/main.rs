@@ -19,7 +19,7 @@ fn load(running: u32, prompt_tokens: u64, prefill_rate: u32) -> ReplicaLoad {
 
 fn ask(request: u128) -> Ask<'static> {
     let (request, excluded, suspected) = (RequestId(request), &[][..], &[][..]);
-    Ask { request, model: "m", prompt_tokens: 100, excluded, suspected }
+    Ask { request, model: "m", prompt_tokens: 100, excluded, suspected, weights: None }
 }
 
 fn router(loads: &[(u8, ReplicaLoad)]) -> Router {

@@ -1,0 +1,287 @@
+//! Copies of streams on other nodes: this node keeps those of others, and has its own kept.
+//!
+//! Who passes a stream to a client has its journal copied to the member that stands first in
+//! [`rank`]'s order, in small batches, one at a time. A keeper that fails is followed by the next and
+//! told everything again. Who looks for a stream asks members in the same order.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use protocol::backup::{
+    BODY_BYTES_MAX, Begin, ENTRIES_MAX, FETCH, Fetch, Fetched, KEEP, Keep, Kept, rank,
+};
+use protocol::journal::Entry;
+use protocol::{NodeId, RequestId, TenantId};
+use scheduler::journals::Journals;
+use tokio::sync::{Notify, watch};
+
+use super::Roster;
+use super::rpc::{CODE_FAILED, Call};
+use crate::metrics::Sample;
+
+/// A journal that one side writes and the other copies.
+pub(crate) type SharedJournal = Arc<Mutex<Vec<Entry>>>;
+
+/// A stream that is being copied. Dropping it ends that; the copy is kept for a while.
+pub(crate) struct Copy {
+    shared: Arc<Shared>,
+    kept: watch::Receiver<Option<u64>>,
+    /// Entries that the client may be ahead.
+    lag_max: u64,
+    /// The keeper is behind: the stream does not wait for it until it has caught up.
+    is_late: bool,
+}
+
+struct Shared {
+    journal: SharedJournal,
+    news: Notify,
+    state: Mutex<State>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    Open,
+    /// The client has all of it.
+    Complete,
+    /// Nobody writes any more.
+    Left,
+}
+
+impl Copy {
+    /// Begins to copy. `None` where the request is too large for it. With `is_exact` the client sees
+    /// nothing that is not copied: the order of the events of several choices follows from nothing else.
+    pub fn start(
+        roster: Arc<Roster>,
+        key: (TenantId, RequestId),
+        begin: Begin,
+        journal: SharedJournal,
+        is_exact: bool,
+    ) -> Option<Copy> {
+        if begin.body.len() > BODY_BYTES_MAX {
+            return None;
+        }
+        let (progress, kept) = watch::channel(None);
+        let state = Mutex::new(State::Open);
+        let shared = Arc::new(Shared { journal, news: Notify::new(), state });
+        tokio::spawn(copy(roster, key, begin, shared.clone(), progress));
+        let lag_max = if is_exact { 0 } else { LAG_MAX };
+        Some(Copy { shared, kept, lag_max, is_late: false })
+    }
+
+    /// The journal has grown: waits until the keeper has all but the last entries of it, or for a moment.
+    pub async fn written(&mut self) {
+        self.shared.news.notify_one();
+        let entries = lock(&self.shared.journal).len() as u64;
+        let lag_max = self.lag_max;
+        let near = |kept: &Option<u64>| kept.is_some_and(|kept| kept + lag_max >= entries);
+        if self.is_late {
+            self.is_late = !near(&self.kept.borrow());
+            return;
+        }
+        let caught_up = tokio::time::timeout(LAG_WAIT, self.kept.wait_for(near)).await;
+        self.is_late = !matches!(caught_up, Ok(Ok(_)));
+    }
+
+    /// The client has all of it.
+    pub fn complete(&self) {
+        *lock(&self.shared.state) = State::Complete;
+        self.shared.news.notify_one();
+    }
+}
+
+impl Drop for Copy {
+    fn drop(&mut self) {
+        let mut state = lock(&self.shared.state);
+        if *state == State::Open {
+            *state = State::Left;
+        }
+        drop(state);
+        self.shared.news.notify_one();
+    }
+}
+
+/// Sends a stream to its keeper, as long as it runs.
+async fn copy(
+    roster: Arc<Roster>,
+    (tenant, request): (TenantId, RequestId),
+    begin: Begin,
+    shared: Arc<Shared>,
+    progress: watch::Sender<Option<u64>>,
+) {
+    let (mut keeper, mut knows, mut kept, mut failed) = (None, false, 0u64, Vec::new());
+    loop {
+        let state = *lock(&shared.state);
+        if state == State::Left {
+            return;
+        }
+        let Some(node) = keeper.or_else(|| roster.keepers(request, &failed).first().copied())
+        else {
+            failed.clear();
+            tokio::time::sleep(RETRY).await;
+            continue;
+        };
+        let entries: Vec<Entry> = {
+            let journal = lock(&shared.journal);
+            let from = usize::try_from(kept).unwrap_or(usize::MAX).min(journal.len());
+            journal[from..].iter().take(ENTRIES_MAX).cloned().collect()
+        };
+        let said = kept + entries.len() as u64;
+        let is_all = said >= lock(&shared.journal).len() as u64;
+        let message = Keep {
+            tenant: tenant.as_str().to_owned(),
+            request: request.0,
+            begin: (!knows).then(|| begin.clone()),
+            from: kept,
+            entries,
+            is_complete: is_all && state == State::Complete,
+        };
+        match roster.keep_at(node, &message).await {
+            Some(Kept::Entries(entries)) => {
+                (keeper, knows, kept) = (Some(node), true, entries);
+                let _ = progress.send(Some(kept));
+                if message.is_complete && kept >= said {
+                    return;
+                }
+            }
+            Some(Kept::Unknown) => (knows, kept) = (false, 0),
+            Some(Kept::Full) | None => {
+                (keeper, knows, kept) = (None, false, 0);
+                let _ = progress.send(None);
+                failed.push(node);
+                continue;
+            }
+        }
+        if kept >= said && is_all {
+            // Also a sign of life, while a long prompt is computed.
+            let _ = tokio::time::timeout(REFRESH, shared.news.notified()).await;
+            tokio::time::sleep(BATCH).await;
+        }
+    }
+}
+
+impl Roster {
+    /// Members that may keep a stream, in the order in which they are asked.
+    fn keepers(&self, request: RequestId, failed: &[NodeId]) -> Vec<NodeId> {
+        let mut members = self.members_well();
+        members.retain(|node| !failed.contains(node));
+        members.sort_by_key(|node| std::cmp::Reverse(rank(request, *node)));
+        members
+    }
+
+    async fn keep_at(&self, node: NodeId, message: &Keep) -> Option<Kept> {
+        let asking = async {
+            self.connect(node).await.ok()?;
+            let reply =
+                self.mesh()?.call(node, KEEP, message.to_bytes(), KEEP_TIMEOUT).await.ok()?;
+            Kept::from_bytes(&reply).ok()
+        };
+        tokio::select! {
+            kept = tokio::time::timeout(KEEP_TIMEOUT, asking) => kept.ok().flatten(),
+            () = self.lost(node) => None,
+        }
+    }
+
+    /// What is known of a tenant's stream, here or at a member.
+    pub(crate) async fn find_stream(
+        &self,
+        tenant: &TenantId,
+        request: RequestId,
+    ) -> Option<(Begin, Vec<Entry>)> {
+        let key = (tenant.clone(), request);
+        if let Some(found) = lock(self.journals()).fetch(&key, 0, usize::MAX) {
+            return Some((found.begin?, found.entries));
+        }
+        for node in self.keepers(request, &[]).into_iter().take(FIND_MAX) {
+            let asked = self.fetch_from(node, tenant, request);
+            let lost = self.lost(node);
+            let found = tokio::select! {
+                found = tokio::time::timeout(FIND_TIMEOUT, asked) => found.ok().flatten(),
+                () = lost => None,
+            };
+            if found.is_some() {
+                return found;
+            }
+        }
+        None
+    }
+
+    async fn fetch_from(
+        &self,
+        node: NodeId,
+        tenant: &TenantId,
+        request: RequestId,
+    ) -> Option<(Begin, Vec<Entry>)> {
+        self.connect(node).await.ok()?;
+        let (mut begin, mut entries) = (None, Vec::new());
+        loop {
+            let from = entries.len() as u64;
+            let fetch = Fetch { tenant: tenant.as_str().to_owned(), request: request.0, from };
+            let mesh = self.mesh()?;
+            let reply = mesh.call(node, FETCH, fetch.to_bytes(), FIND_TIMEOUT).await.ok()?;
+            let found = Fetched::from_bytes(&reply).ok()?;
+            begin = begin.or(found.begin);
+            let is_last =
+                found.entries.is_empty() || from + found.entries.len() as u64 >= found.total;
+            entries.extend(found.entries);
+            if is_last {
+                return Some((begin?, entries));
+            }
+        }
+    }
+
+    /// Answers [`KEEP`] and [`FETCH`].
+    pub(super) async fn answer_copies(self: Arc<Self>, call: Call) {
+        let reply = match call.request.method.as_str() {
+            KEEP => self.take_copy(&call.request.body),
+            _ => self.give_copy(&call.request.body),
+        };
+        // The caller may be gone; it asks again.
+        let _ = match reply {
+            Ok(reply) => call.stream.reply(reply).await,
+            Err(why) => call.stream.refuse(CODE_FAILED, &why).await,
+        };
+    }
+
+    fn take_copy(&self, body: &[u8]) -> Result<Vec<u8>, String> {
+        let message = Keep::from_bytes(body).map_err(|error| error.to_string())?;
+        let tenant = TenantId::new(&message.tenant).ok_or("the tenant's name is not one")?;
+        Ok(lock(self.journals()).keep(self.now(), tenant, message).to_bytes())
+    }
+
+    fn give_copy(&self, body: &[u8]) -> Result<Vec<u8>, String> {
+        let Fetch { tenant, request, from } =
+            Fetch::from_bytes(body).map_err(|error| error.to_string())?;
+        let tenant = TenantId::new(&tenant).ok_or("the tenant's name is not one")?;
+        let key = (tenant, RequestId(request));
+        let found = lock(self.journals()).fetch(&key, from, ENTRIES_MAX);
+        found.map(|found| found.to_bytes()).ok_or_else(|| "no copy of that stream".to_owned())
+    }
+}
+
+/// What `/metrics` says of the copies kept here.
+pub(super) fn samples(journals: &Mutex<Journals>) -> [Sample; 2] {
+    let (streams, bytes) = lock(journals).size();
+    [
+        Sample::new("grapevine_stream_copies", streams as f64),
+        Sample::new("grapevine_stream_copies_bytes", bytes as f64),
+    ]
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Entries that a client may be ahead of the copy.
+const LAG_MAX: u64 = 32;
+/// How long a stream waits for its copy, once; then it goes on without.
+const LAG_WAIT: Duration = Duration::from_millis(250);
+/// Between two messages about a stream.
+const BATCH: Duration = Duration::from_millis(20);
+/// Before members are looked at again, where none can keep the stream.
+const RETRY: Duration = Duration::from_secs(1);
+/// A keeper forgets streams of which it hears nothing.
+const REFRESH: Duration = Duration::from_secs(30);
+const KEEP_TIMEOUT: Duration = Duration::from_secs(1);
+/// Members that are asked for a stream, and how long each.
+const FIND_MAX: usize = 8;
+const FIND_TIMEOUT: Duration = Duration::from_secs(1);
