@@ -223,7 +223,8 @@ impl KvNode {
     pub(super) fn after(&mut self, millis: f64, job: Job) {
         let hiccups = self.setup.trouble.get() > 0.0 && self.random.below(200) == 0;
         let factor = if hiccups { self.random.unit() * 400.0 } else { 0.5 + self.random.unit() };
-        let at = self.now + Duration::from_nanos((millis * factor * 1e6) as u64 + 1);
+        let nanos = (millis * factor * 1e6).min(HICCUP_NANOS_MAX) as u64 + 1;
+        let at = self.now + Duration::from_nanos(nanos);
         self.made += 1;
         self.jobs.insert((at, self.made), job);
     }
@@ -425,3 +426,6 @@ pub(super) fn node_index(id: NodeId) -> NodeIndex {
 pub(super) fn frame_of(bytes: Vec<u8>) -> Frame {
     Frame::decode(&bytes, KV_FRAME_BYTES_MAX).expect("peers send frames")
 }
+
+/// Longer than every wait of a receiver for its peer.
+const HICCUP_NANOS_MAX: f64 = 3e9;
