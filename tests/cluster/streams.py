@@ -34,7 +34,7 @@ OTHERS = {
 class Slow:
     """Lets processes run for a moment now and then, so that an answer of a fast model takes seconds."""
 
-    def __init__(self, nodes: list[Node], run_s: float = 0.0005, rest_s: float = 0.01):
+    def __init__(self, nodes: list[Node], run_s: float = 0.0002, rest_s: float = 0.02):
         self.nodes, self.run_s, self.rest_s, self.ended = nodes, run_s, rest_s, threading.Event()
         # Held while signals are sent, so that nobody is woken who has been struck.
         self.lock = threading.Lock()
@@ -76,6 +76,8 @@ class Events:
         self.last_id = ""
         self.times: list[float] = []
         self.on_event = on_event
+        # Whether another node went on with it.
+        self.moved = False
 
     def read(self, node: Node) -> "Events":
         """Asks, or comes back to what was begun; an error of the connection is the caller's."""
@@ -128,14 +130,17 @@ BROKEN = (OSError, ValueError, http.client.HTTPException)
 def replica_struck(nodes: list[Node], request: tuple[str, dict], at: int, number: int) -> Events:
     """A stream through the entrance whose replica is struck once `at` events have come."""
     a, b, entrance, _ = nodes
-    victims = []
+    victims, counted = [], continued(entrance)
     with Slow([a, b]) as slow:
         before = {node.name: worked(node) for node in (a, b)}
 
         def on_event(count: int) -> None:
+            if count == 1 and request is not GREEDY:
+                victims.extend(node for node in (a, b) if running(node))
             if count == at + 1:
-                # Who has worked for the answer.
-                victims.append(max((a, b), key=lambda node: worked(node) - before[node.name]))
+                # The greedy answer would be out before anyone is asked: it is who has worked more.
+                if not victims:
+                    victims.append(max((a, b), key=lambda node: worked(node) - before[node.name]))
                 slow.strike(victims[0], number)
 
         stream = Events(request, on_event)
@@ -143,6 +148,7 @@ def replica_struck(nodes: list[Node], request: tuple[str, dict], at: int, number
             stream.read(entrance)
         except BROKEN as error:
             stream.seen.append(f"{type(error).__name__}: {error}")
+    stream.moved = continued(entrance) > counted
     for victim in victims:
         revive(victim, number)
     return stream
@@ -168,7 +174,7 @@ def ingress_struck(nodes: list[Node], request: tuple[str, dict], at: int, number
             stream.read(asked)
             stream.seen.append("the client was to come back")
         except ConnectionAbortedError:
-            stream.on_event = lambda count: None
+            stream.on_event, stream.moved = lambda count: None, True
             try:
                 stream.read(other)
             except BROKEN as error:
@@ -187,10 +193,24 @@ def revive(node: Node, number: int) -> None:
         node.start()
 
 
+def continued(node: Node) -> int:
+    """Streams with which another replica went on, as the entrance counts them."""
+    name = 'grapevine_streams_continued_total{outcome="continued"} '
+    lines = [line for line in node.get("/metrics").splitlines() if line.startswith(name)]
+    return int(lines[0].split()[-1]) if lines else 0
+
+
 def worked(node: Node) -> int:
     """Nanoseconds that its threads have run."""
     tasks = f"/proc/{node.process.pid}/task"
     return sum(int(open(f"{tasks}/{task}/schedstat").read().split()[0]) for task in os.listdir(tasks))
+
+
+def running(node: Node) -> bool:
+    try:
+        return node.running() > 0
+    except BROKEN:
+        return False
 
 
 def by_choice(events: list[str]) -> list:
@@ -216,15 +236,17 @@ def survive(nodes: list[Node], every: int) -> None:
         places = range(0, last, every if request is GREEDY else max(1, last // 3))
         for who, strike in [("replica", replica_struck), ("ingress", ingress_struck)]:
             for name, number in [("SIGKILL", signal.SIGKILL), ("SIGSTOP", signal.SIGSTOP)]:
-                pauses, wrong = [], []
+                pauses, wrong, moved = [], [], 0
                 for at in places:
                     stream = strike(nodes, request, at, number)
                     pauses.append(stream.pause())
+                    moved += stream.moved
                     if by_choice(stream.seen) != by_choice(whole):
                         wrong.append((at, difference(stream.seen, whole)))
                     wait(30, both)
                 check(f"{what}: the {who} gets {name} after each of {len(places)} events, and the events are the same",
                       not wrong, f"{len(wrong)} not: {wrong[:2]}" if wrong else "")
+                check("and streams went on elsewhere", moved > 0, f"{moved} of {len(places)}, the others were out already")
                 say(f"longest pause of each: {min(pauses):.2f} to {max(pauses):.2f} s")
 
 

@@ -23,6 +23,7 @@ use protocol::journal::{self, Entry, StreamPart};
 use protocol::{NodeId, RequestId};
 use scheduler::router::{Ask, Choice, NoReplica, Outcome, Unavailable};
 use serde::Deserialize;
+use serde_json::value::RawValue;
 
 use super::body;
 use super::error::Failure;
@@ -39,6 +40,18 @@ struct Peek {
     stream: Option<bool>,
     #[serde(default)]
     n: Option<u64>,
+    #[serde(default)]
+    prompt: Option<Box<RawValue>>,
+}
+
+impl Peek {
+    /// Whether the answer may have several choices: more than one of a prompt, or more than one prompt.
+    fn is_plural(&self) -> bool {
+        // A prompt is a text or a list of tokens; several are a list of those.
+        let prompts = self.prompt.as_ref().and_then(|prompt| prompt.get().strip_prefix('['));
+        let is_list = prompts.is_some_and(|first| first.trim_start().starts_with(['[', '"']));
+        is_list || self.n.unwrap_or(1) > 1
+    }
 }
 
 /// Runs the request here or has it answered elsewhere.
@@ -267,9 +280,8 @@ impl Forwarding {
             weights,
             body: self.bytes.to_vec(),
         };
-        // Prompts are choices, too, and not counted here.
-        let is_exact = self.peek.n.unwrap_or(1) > 1 || self.endpoint == Endpoint::Completions;
-        Copy::start(self.roster.clone(), key, begin, so_far.journal.clone(), is_exact)
+        let journal = so_far.journal.clone();
+        Copy::start(self.roster.clone(), key, begin, journal, self.peek.is_plural())
     }
 
     /// This node's own answer, which another one can go on with.

@@ -5,7 +5,7 @@
 //! told everything again. Who looks for a stream asks members in the same order.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use protocol::backup::{
     BODY_BYTES_MAX, Begin, ENTRIES_MAX, FETCH, Fetch, Fetched, KEEP, Keep, Kept, rank,
@@ -25,16 +25,28 @@ pub(crate) type SharedJournal = Arc<Mutex<Vec<Entry>>>;
 /// A stream that is being copied. Dropping it ends that; the copy is kept for a while.
 pub(crate) struct Copy {
     shared: Arc<Shared>,
-    kept: watch::Receiver<Option<u64>>,
+    progress: watch::Receiver<Progress>,
     /// Entries that the client may be ahead.
     lag_max: u64,
     /// The keeper is behind: the stream does not wait for it until it has caught up.
     is_late: bool,
 }
 
+/// How far the keeper is.
+#[derive(Clone, Copy)]
+enum Progress {
+    /// It has not said anything yet.
+    Asked,
+    /// Nobody can keep the stream now: there is nothing to wait for.
+    Nobody,
+    /// It has so many entries.
+    Kept(u64),
+}
+
 struct Shared {
     journal: SharedJournal,
-    news: Notify,
+    /// More entries than should wait, or the end.
+    urgent: Notify,
     state: Mutex<State>,
 }
 
@@ -60,32 +72,40 @@ impl Copy {
         if begin.body.len() > BODY_BYTES_MAX {
             return None;
         }
-        let (progress, kept) = watch::channel(None);
+        let (sender, progress) = watch::channel(Progress::Asked);
         let state = Mutex::new(State::Open);
-        let shared = Arc::new(Shared { journal, news: Notify::new(), state });
-        tokio::spawn(copy(roster, key, begin, shared.clone(), progress));
+        let shared = Arc::new(Shared { journal, urgent: Notify::new(), state });
+        tokio::spawn(copy(roster, key, begin, shared.clone(), sender));
         let lag_max = if is_exact { 0 } else { LAG_MAX };
-        Some(Copy { shared, kept, lag_max, is_late: false })
+        Some(Copy { shared, progress, lag_max, is_late: false })
     }
 
     /// The journal has grown: waits until the keeper has all but the last entries of it, or for a moment.
     pub async fn written(&mut self) {
-        self.shared.news.notify_one();
         let entries = lock(&self.shared.journal).len() as u64;
-        let lag_max = self.lag_max;
-        let near = |kept: &Option<u64>| kept.is_some_and(|kept| kept + lag_max >= entries);
-        if self.is_late {
-            self.is_late = !near(&self.kept.borrow());
-            return;
+        let lag = |progress: &Progress| match progress {
+            Progress::Asked => u64::MAX,
+            Progress::Nobody => 0,
+            Progress::Kept(kept) => entries.saturating_sub(*kept),
+        };
+        let now = lag(&self.progress.borrow());
+        if now >= URGENT.min(self.lag_max + 1) {
+            self.shared.urgent.notify_one();
         }
-        let caught_up = tokio::time::timeout(LAG_WAIT, self.kept.wait_for(near)).await;
-        self.is_late = !matches!(caught_up, Ok(Ok(_)));
+        if now <= self.lag_max {
+            self.is_late = false;
+        } else if !self.is_late {
+            let lag_max = self.lag_max;
+            let caught_up = self.progress.wait_for(|progress| lag(progress) <= lag_max);
+            let caught_up = tokio::time::timeout(LAG_WAIT, caught_up).await;
+            self.is_late = !matches!(caught_up, Ok(Ok(_)));
+        }
     }
 
     /// The client has all of it.
     pub fn complete(&self) {
         *lock(&self.shared.state) = State::Complete;
-        self.shared.news.notify_one();
+        self.shared.urgent.notify_one();
     }
 }
 
@@ -96,7 +116,7 @@ impl Drop for Copy {
             *state = State::Left;
         }
         drop(state);
-        self.shared.news.notify_one();
+        self.shared.urgent.notify_one();
     }
 }
 
@@ -106,9 +126,10 @@ async fn copy(
     (tenant, request): (TenantId, RequestId),
     begin: Begin,
     shared: Arc<Shared>,
-    progress: watch::Sender<Option<u64>>,
+    progress: watch::Sender<Progress>,
 ) {
     let (mut keeper, mut knows, mut kept, mut failed) = (None, false, 0u64, Vec::new());
+    let mut said_at = Instant::now();
     loop {
         let state = *lock(&shared.state);
         if state == State::Left {
@@ -116,45 +137,50 @@ async fn copy(
         }
         let Some(node) = keeper.or_else(|| roster.keepers(request, &failed).first().copied())
         else {
+            let _ = progress.send(Progress::Nobody);
+            if state == State::Complete {
+                return;
+            }
             failed.clear();
             tokio::time::sleep(RETRY).await;
             continue;
         };
-        let entries: Vec<Entry> = {
+        let (entries, total) = {
             let journal = lock(&shared.journal);
             let from = usize::try_from(kept).unwrap_or(usize::MAX).min(journal.len());
-            journal[from..].iter().take(ENTRIES_MAX).cloned().collect()
+            let entries: Vec<Entry> = journal[from..].iter().take(ENTRIES_MAX).cloned().collect();
+            (entries, journal.len() as u64)
         };
-        let said = kept + entries.len() as u64;
-        let is_all = said >= lock(&shared.journal).len() as u64;
-        let message = Keep {
-            tenant: tenant.as_str().to_owned(),
-            request: request.0,
-            begin: (!knows).then(|| begin.clone()),
-            from: kept,
-            entries,
-            is_complete: is_all && state == State::Complete,
-        };
-        match roster.keep_at(node, &message).await {
-            Some(Kept::Entries(entries)) => {
-                (keeper, knows, kept) = (Some(node), true, entries);
-                let _ = progress.send(Some(kept));
-                if message.is_complete && kept >= said {
-                    return;
+        let is_complete = state == State::Complete && kept + entries.len() as u64 == total;
+        let has_news = !knows || is_complete || !entries.is_empty();
+        // Also a sign of life now and then, while a long prompt is computed.
+        if has_news || said_at.elapsed() > REFRESH {
+            let message = Keep {
+                tenant: tenant.as_str().to_owned(),
+                request: request.0,
+                begin: (!knows).then(|| begin.clone()),
+                from: kept,
+                entries,
+                is_complete,
+            };
+            said_at = Instant::now();
+            match roster.keep_at(node, &message).await {
+                Some(Kept::Entries(entries)) => {
+                    (keeper, knows, kept) = (Some(node), true, entries);
+                    let _ = progress.send(Progress::Kept(kept));
+                    if is_complete && kept == total {
+                        return;
+                    }
+                }
+                Some(Kept::Unknown) => (knows, kept) = (false, 0),
+                Some(Kept::Full) | None => {
+                    (keeper, knows, kept) = (None, false, 0);
+                    failed.push(node);
                 }
             }
-            Some(Kept::Unknown) => (knows, kept) = (false, 0),
-            Some(Kept::Full) | None => {
-                (keeper, knows, kept) = (None, false, 0);
-                let _ = progress.send(None);
-                failed.push(node);
-                continue;
-            }
         }
-        if kept >= said && is_all {
-            // Also a sign of life, while a long prompt is computed.
-            let _ = tokio::time::timeout(REFRESH, shared.news.notified()).await;
-            tokio::time::sleep(BATCH).await;
+        if knows && kept >= total && !is_complete {
+            let _ = tokio::time::timeout(BATCH, shared.urgent.notified()).await;
         }
     }
 }
@@ -275,8 +301,10 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 const LAG_MAX: u64 = 32;
 /// How long a stream waits for its copy, once; then it goes on without.
 const LAG_WAIT: Duration = Duration::from_millis(250);
-/// Between two messages about a stream.
-const BATCH: Duration = Duration::from_millis(20);
+/// Uncopied entries that wait for no batch.
+const URGENT: u64 = 16;
+/// Between two messages about a stream that has few of them.
+const BATCH: Duration = Duration::from_millis(100);
 /// Before members are looked at again, where none can keep the stream.
 const RETRY: Duration = Duration::from_secs(1);
 /// A keeper forgets streams of which it hears nothing.
