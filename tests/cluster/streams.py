@@ -233,7 +233,7 @@ def survive(nodes: list[Node], every: int) -> None:
         check(f"{what}: an undisturbed answer", len(whole) > 8, f"{len(whole)} events")
         # The last events may be out before anyone can be struck.
         last = len(whole) - 6
-        places = range(0, last, every if request is GREEDY else max(1, last // 3))
+        places = range(0, last, every if request is GREEDY else max(1, last // 2))
         for who, strike in [("replica", replica_struck), ("ingress", ingress_struck)]:
             for name, number in [("SIGKILL", signal.SIGKILL), ("SIGSTOP", signal.SIGSTOP)]:
                 pauses, wrong, moved = [], [], 0
