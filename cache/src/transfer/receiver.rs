@@ -31,7 +31,7 @@ pub struct HandOff {
     /// Names of the missing blocks, in order: all from `first` to the last full block of the prompt.
     pub missing: Vec<BlockHash>,
     pub prompt: Prompt,
-    /// Who is asked, one after the other; at most [`SOURCES_MAX`].
+    /// Who is asked, one after the other; at most `SOURCES_MAX`.
     pub sources: Vec<Source>,
     /// Then the receiver goes on alone.
     pub deadline: Instant,
