@@ -50,19 +50,25 @@ class Slow:
 
     def signal_all(self, number: int) -> None:
         with self.lock:
+            # Nobody is stopped who would not be woken.
+            if number == signal.SIGSTOP and self.ended.is_set():
+                return
             for node in self.nodes:
                 node.send(number)
 
     def loop(self) -> None:
         while not self.ended.wait(self.run_s):
             self.signal_all(signal.SIGSTOP)
-            time.sleep(self.rest_s)
+            self.ended.wait(self.rest_s)
             self.signal_all(signal.SIGCONT)
 
     def strike(self, node: Node, number: int) -> None:
-        """The last signal that the node gets from here."""
+        """The last signal that the node gets from here; the others run as fast as they can again."""
         with self.lock:
-            self.nodes.remove(node)
+            self.ended.set()
+            self.nodes = [other for other in self.nodes if other is not node]
+            for other in self.nodes:
+                other.send(signal.SIGCONT)
             node.send(signal.SIGCONT)
             node.send(number)
 
@@ -163,10 +169,7 @@ def ingress_struck(nodes: list[Node], request: tuple[str, dict], at: int, number
 
         def on_event(count: int) -> None:
             if count == at + 1:
-                if asked in slow.nodes:
-                    slow.strike(asked, number)
-                else:
-                    asked.send(number)
+                slow.strike(asked, number)
                 raise ConnectionAbortedError("the client lets go")
 
         stream = Events(request, on_event)
