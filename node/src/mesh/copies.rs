@@ -16,7 +16,7 @@ use scheduler::journals::Journals;
 use tokio::sync::{Notify, watch};
 
 use super::Roster;
-use super::rpc::{CODE_FAILED, Call};
+use super::rpc::{CODE_FAILED, Call, CallError};
 use crate::metrics::Sample;
 
 /// A journal that one side writes and the other copies.
@@ -207,50 +207,62 @@ impl Roster {
         }
     }
 
-    /// What is known of a tenant's stream, here or at a member.
+    /// What is known of a tenant's stream, here or at a member. A member that does not answer is asked
+    /// again for a while: it may just have come back.
     pub(crate) async fn find_stream(
         &self,
         tenant: &TenantId,
         request: RequestId,
     ) -> Option<(Begin, Vec<Entry>)> {
         let key = (tenant.clone(), request);
-        if let Some(found) = lock(self.journals()).fetch(&key, 0, usize::MAX) {
-            return Some((found.begin?, found.entries));
-        }
-        for node in self.keepers(request, &[]).into_iter().take(FIND_MAX) {
-            let asked = self.fetch_from(node, tenant, request);
-            let lost = self.lost(node);
-            let found = tokio::select! {
-                found = tokio::time::timeout(FIND_TIMEOUT, asked) => found.ok().flatten(),
-                () = lost => None,
-            };
-            if found.is_some() {
-                return found;
+        let until = Instant::now() + FIND_WITHIN;
+        loop {
+            if let Some(found) = lock(self.journals()).fetch(&key, 0, usize::MAX) {
+                return Some((found.begin?, found.entries));
             }
+            let mut is_silent = false;
+            for node in self.keepers(request, &[]).into_iter().take(FIND_MAX) {
+                let asked = tokio::time::timeout(FIND_TIMEOUT, self.fetch_from(node, &key));
+                let answer = tokio::select! {
+                    answer = asked => answer.unwrap_or(Err(NoAnswer)),
+                    () = self.lost(node) => Err(NoAnswer),
+                };
+                match answer {
+                    Ok(None) => {}
+                    Ok(found) => return found,
+                    Err(NoAnswer) => is_silent = true,
+                }
+            }
+            if !is_silent || Instant::now() >= until {
+                return None;
+            }
+            tokio::time::sleep(FIND_PAUSE).await;
         }
-        None
     }
 
+    /// `None` if the member says that it has no copy.
     async fn fetch_from(
         &self,
         node: NodeId,
-        tenant: &TenantId,
-        request: RequestId,
-    ) -> Option<(Begin, Vec<Entry>)> {
-        self.connect(node).await.ok()?;
+        (tenant, request): &(TenantId, RequestId),
+    ) -> Result<Option<(Begin, Vec<Entry>)>, NoAnswer> {
+        self.connect(node).await.map_err(|_| NoAnswer)?;
+        let mesh = self.mesh().ok_or(NoAnswer)?;
         let (mut begin, mut entries) = (None, Vec::new());
         loop {
             let from = entries.len() as u64;
             let fetch = Fetch { tenant: tenant.as_str().to_owned(), request: request.0, from };
-            let mesh = self.mesh()?;
-            let reply = mesh.call(node, FETCH, fetch.to_bytes(), FIND_TIMEOUT).await.ok()?;
-            let found = Fetched::from_bytes(&reply).ok()?;
+            let found = match mesh.call(node, FETCH, fetch.to_bytes(), FIND_TIMEOUT).await {
+                Ok(reply) => Fetched::from_bytes(&reply).map_err(|_| NoAnswer)?,
+                Err(CallError::Refused { .. }) => return Ok(None),
+                Err(_) => return Err(NoAnswer),
+            };
             begin = begin.or(found.begin);
             let is_last =
                 found.entries.is_empty() || from + found.entries.len() as u64 >= found.total;
             entries.extend(found.entries);
             if is_last {
-                return Some((begin?, entries));
+                return Ok(begin.map(|begin| (begin, entries)));
             }
         }
     }
@@ -284,6 +296,9 @@ impl Roster {
     }
 }
 
+/// A member did not say whether it has a copy.
+struct NoAnswer;
+
 /// What `/metrics` says of the copies kept here.
 pub(super) fn samples(journals: &Mutex<Journals>) -> [Sample; 2] {
     let (streams, bytes) = lock(journals).size();
@@ -313,3 +328,6 @@ const KEEP_TIMEOUT: Duration = Duration::from_secs(1);
 /// Members that are asked for a stream, and how long each.
 const FIND_MAX: usize = 8;
 const FIND_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long members that do not answer are asked again, and how often.
+const FIND_WITHIN: Duration = Duration::from_secs(5);
+const FIND_PAUSE: Duration = Duration::from_millis(250);
