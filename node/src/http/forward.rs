@@ -309,7 +309,8 @@ impl Forwarding {
         };
         let unknown = || {
             let message = format!(
-                "no node knows stream {request}: it ended a while ago, or is another tenant's, or its                  copy is lost; ask again without {LAST_EVENT_ID}"
+                "no node knows stream {request}: it ended a while ago, or is another tenant's, or its \
+                 copy is lost; ask again without {LAST_EVENT_ID}"
             );
             ApiError::new(ErrorCode::NotFound, message).at(LAST_EVENT_ID)
         };

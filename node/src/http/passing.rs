@@ -35,9 +35,9 @@ impl Source {
         match self {
             Source::Peer(stream) => part_of(stream, within).await,
             Source::Here(body, journal) => loop {
-                let frame = tokio::time::timeout(within, body.frame()).await;
-                // The handlers' bodies cannot fail: they end with an event that says why.
-                let Ok(Some(Ok(frame))) = frame else { return Ok(None) };
+                // The handlers' bodies cannot fail: they end with an event that says why, also at the
+                // request's deadline.
+                let Some(Ok(frame)) = body.frame().await else { return Ok(None) };
                 match frame.into_data() {
                     Ok(text) if !text.is_empty() => return Ok(Some(journal.part(text))),
                     _ => continue,
@@ -197,6 +197,10 @@ impl Passing {
     /// Finds another replica for the rest; gives its first part, `None` if nothing is left.
     async fn go_on(&mut self, why: Broken) -> Result<Option<StreamPart>, ApiError> {
         let request = self.request.caller.log.id;
+        if Instant::now() >= self.request.caller.deadline {
+            let message = "the deadline passed before the answer was complete";
+            return Err(ApiError::new(ErrorCode::DeadlineExceeded, message));
+        }
         self.settle(Outcome::Failed);
         let node = self.running.take().map(|running| running.node);
         let said = match (why, node) {
