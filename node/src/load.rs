@@ -27,6 +27,8 @@ pub struct Loaded {
     pub context_tokens_max: usize,
     /// Names weights and numerics.
     pub fingerprint: String,
+    /// Bytes of keys and values that one token takes; 0 for one that has none.
+    pub kv_bytes_per_token: usize,
     pub core: Box<dyn Core>,
 }
 
@@ -46,6 +48,7 @@ impl Loaded {
             hidden,
             context_tokens_max: replica.tokens_max(),
             fingerprint,
+            kv_bytes_per_token: replica.executor().token_bytes(),
             core: Box::new(replica),
         }
     }
@@ -141,6 +144,7 @@ fn start(id: &str, mut loaded: Loaded, metrics: &Metrics) -> Result<Model, Strin
         hidden: loaded.hidden,
         context_tokens_max: loaded.context_tokens_max,
         fingerprint: loaded.fingerprint,
+        kv_bytes_per_token: loaded.kv_bytes_per_token,
         replica,
         metrics,
     })

@@ -27,6 +27,8 @@ pub struct Model {
     pub context_tokens_max: usize,
     /// Names weights and numerics.
     pub fingerprint: String,
+    /// Bytes of keys and values that one token takes.
+    pub kv_bytes_per_token: usize,
     pub replica: ReplicaHandle,
     pub metrics: ModelMetrics,
 }

@@ -82,6 +82,7 @@ pub async fn serve(options: NodeOptions) -> Result<Node, ServeError> {
         keys: options.keys,
         admin_keys: admin_keys.unwrap_or_default(),
         limits: options.http.clone(),
+        role: options.role,
         ids: RequestIds::new(),
         roster: OnceLock::new(),
         measured: OnceLock::new(),

@@ -3,6 +3,8 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use protocol::node_record::NodeRole;
+
 use crate::http::ApiKeys;
 use crate::load::{Loader, OnProgress};
 use crate::mesh::ControlRoutes;
@@ -73,6 +75,8 @@ pub struct NodeOptions {
     /// What the Unix socket offers, also under `/mesh` of the API, for whoever has one of these keys.
     pub admin: Option<(ControlRoutes, ApiKeys)>,
     pub http: HttpLimits,
+    /// What the others of its mesh shall use it for.
+    pub role: NodeRole,
     /// Time that running answers get at shutdown. Too small: answers are cut. Too large: the node
     /// hangs on in rollouts.
     pub drain_limit: Duration,
@@ -91,6 +95,7 @@ impl NodeOptions {
             insecure: false,
             admin: None,
             http: HttpLimits::default(),
+            role: NodeRole::default(),
             drain_limit: Duration::from_secs(30),
             on_progress: None,
         }

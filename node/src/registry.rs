@@ -174,6 +174,7 @@ impl Entry {
                     prefill_rate: stats.prompt_rate,
                     kv_blocks_free: count(stats.blocks_free + stats.blocks_cached),
                     kv_blocks: count(stats.blocks_free + stats.blocks_cached + stats.blocks_used),
+                    kv_bytes_per_token: count(model.kv_bytes_per_token),
                     ..record
                 }
             }

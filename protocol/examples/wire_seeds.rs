@@ -16,7 +16,7 @@ use protocol::identity::{Invite, NodeKey, Roles, Trust, UnixTime};
 use protocol::journal::{self, Ended, Entry, StreamPart};
 use protocol::membership::Addresses;
 use protocol::membership::wire::{BUCKETS, Body, Datagram, FLAG_UNKNOWN, Update, VERSION};
-use protocol::node_record::{NodeRecord, ReplicaRecord, ReplicaState};
+use protocol::node_record::{NodeRecord, NodeRole, ReplicaRecord, ReplicaState};
 use protocol::transfer::{
     KvAsk, KvChunk, KvCommit, KvDtype, KvEnd, KvFirstToken, KvFormat, KvProgress, KvRefusal,
     KvStream, KvWork,
@@ -191,6 +191,8 @@ fn records() -> Vec<Vec<u8>> {
         prefill_rate: 1000,
         kv_blocks_free: 5,
         kv_blocks: 70_000,
+        decode_step_us: 20_000,
+        kv_bytes_per_token: 12_288,
     };
     let record = |replicas: usize| NodeRecord {
         name: "host".to_owned(),
@@ -199,6 +201,7 @@ fn records() -> Vec<Vec<u8>> {
         memory_bytes_per_s: 1 << 40,
         int8_ops_per_s: 1,
         draining: replicas == 1,
+        role: NodeRole::ALL[replicas % 3],
         replicas: vec![replica.clone(); replicas],
     };
     [0, 1, 2, 12].map(|n| record(n).to_bytes().0).to_vec()

@@ -24,6 +24,7 @@ pub struct NodeRecord {
     pub int8_ops_per_s: u64,
     /// No new requests are taken.
     pub draining: bool,
+    pub role: NodeRole,
     pub replicas: Vec<ReplicaRecord>,
 }
 
@@ -48,6 +49,35 @@ pub struct ReplicaRecord {
     pub prefill_rate: u32,
     pub kv_blocks_free: u32,
     pub kv_blocks: u32,
+    /// Microseconds of a step that only decodes, of late; 0 if not measured.
+    pub decode_step_us: u32,
+    /// Bytes of keys and values that one token takes; 0 while it loads.
+    pub kv_bytes_per_token: u32,
+}
+
+/// What a node's operator wants it to do. A preference of routers, not a permission: what a node may do
+/// is in its certificate.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+pub enum NodeRole {
+    /// Whatever is needed.
+    #[default]
+    Both,
+    /// Compute prompts for others. Asked for whole answers only where nobody else can give them.
+    Prefill,
+    /// Generate. Computes its own prompts, or has others do it, and never those of others.
+    Decode,
+}
+
+impl NodeRole {
+    pub const ALL: [NodeRole; 3] = [NodeRole::Both, NodeRole::Prefill, NodeRole::Decode];
+
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            NodeRole::Both => "both",
+            NodeRole::Prefill => "prefill",
+            NodeRole::Decode => "decode",
+        }
+    }
 }
 
 /// How far a replica is.
@@ -159,6 +189,8 @@ mod tests {
             prefill_rate: 4,
             kv_blocks_free: 5,
             kv_blocks: 6,
+            decode_step_us: 7,
+            kv_bytes_per_token: 8,
         }
     }
 
@@ -171,11 +203,12 @@ mod tests {
             memory_bytes_per_s: 30_000_000_000,
             int8_ops_per_s: 0,
             draining: false,
+            role: NodeRole::Decode,
             replicas: vec![replica("demo")],
         };
         let (bytes, left_out) = record.to_bytes();
         let expect = "03616461 05302e312e30 0100 7f000001 fbe620 fd00ac23fc06000000 00 00 \
-                      01 0464656d6f 0166 01 fc00f15365 fb0004 01 02 03 04 05 06";
+                      02 01 0464656d6f 0166 01 fc00f15365 fb0004 01 02 03 04 05 06 07 08";
         let hex: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
         assert_eq!((hex, left_out), (expect.split_whitespace().collect(), 0));
         assert_eq!(NodeRecord::from_bytes(&bytes), Ok(record));

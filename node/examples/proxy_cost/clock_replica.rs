@@ -59,6 +59,7 @@ fn clock_model(gap: Duration) -> Loaded {
         hidden: 1,
         context_tokens_max: 1 << 20,
         fingerprint: "fp_clock".to_owned(),
+        kv_bytes_per_token: 0,
         core: Box::new(Clock { gap, running: BTreeMap::new() }),
     }
 }

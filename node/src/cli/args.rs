@@ -1,6 +1,7 @@
 //! The command line. Its help is written for somebody who has never seen Grapevine.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use protocol::node_record::NodeRole;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -100,6 +101,10 @@ pub struct UpArgs {
     /// Seconds in which a client must take something of an answer that waits for it.
     #[arg(long, value_name = "SECONDS", help_heading = "API")]
     pub write_timeout: Option<u32>,
+    /// What the mesh uses this node for: `prefill` computes prompts for others, `decode` generates and
+    /// computes no prompt of others. Default: both.
+    #[arg(long, value_name = "ROLE", help_heading = "Mesh")]
+    pub role: Option<RoleName>,
     /// Where the node keeps its state.
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
@@ -155,6 +160,23 @@ pub enum QuantType {
     Q8_0,
     #[value(name = "q4_0")]
     Q4_0,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum RoleName {
+    Both,
+    Prefill,
+    Decode,
+}
+
+impl From<RoleName> for NodeRole {
+    fn from(name: RoleName) -> NodeRole {
+        match name {
+            RoleName::Both => NodeRole::Both,
+            RoleName::Prefill => NodeRole::Prefill,
+            RoleName::Decode => NodeRole::Decode,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

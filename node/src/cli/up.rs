@@ -1,6 +1,6 @@
 //! `vine up`: a node that serves models until it is told to stop.
 
-use super::args::{EngineArgs, KvType, QuantType, UpArgs};
+use super::args::{EngineArgs, KvType, QuantType, RoleName, UpArgs};
 use super::mesh::{self, MeshArgs};
 use super::model::{self, LoadedModel, ModelSpec, load};
 use super::system;
@@ -9,6 +9,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use node::measured::Host;
 use node::mesh::{ControlRoutes, Mesh, Roster};
 use node::{ADMIN_KEY_VARIABLE, ApiKeys, HttpLimits, Loaded, ModelOptions, Node, NodeOptions};
+use protocol::node_record::NodeRole;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
@@ -36,6 +37,7 @@ struct Config {
     #[serde(default)]
     mesh_address: Vec<SocketAddr>,
     mdns: Option<bool>,
+    role: Option<String>,
     kv_memory: Option<String>,
     kv_dtype: Option<String>,
     quant: Option<String>,
@@ -51,6 +53,8 @@ pub struct Served {
     pub admin_keys: ApiKeys,
     pub insecure: bool,
     pub http: HttpLimits,
+    /// What the mesh uses it for.
+    pub role: NodeRole,
     /// Where the node keeps its secret; without one it lives in memory.
     pub data: Option<PathBuf>,
     /// Show progress on the terminal.
@@ -68,6 +72,7 @@ impl Served {
             admin_keys: ApiKeys::default(),
             insecure: false,
             http: HttpLimits::default(),
+            role: NodeRole::default(),
             data: None,
             bar: true,
             mesh: None,
@@ -121,6 +126,7 @@ pub async fn serve(served: Served, engine: &EngineArgs) -> anyhow::Result<Node> 
     options.keys = served.keys;
     options.insecure = served.insecure;
     options.http = served.http;
+    options.role = served.role;
     options.without_models = served.mesh.is_some();
     options.admin = served.mesh.as_ref().map(|(_, _, routes)| (routes.clone(), served.admin_keys));
     let bars = Bars::new(served.bar && std::io::stderr().is_terminal());
@@ -207,7 +213,9 @@ fn settings(args: UpArgs) -> anyhow::Result<(Served, MeshArgs, EngineArgs)> {
         write_timeout: seconds(args.write_timeout.or(config.write_timeout), limits.write_timeout),
         ..limits
     };
+    let role = args.role.or(value_of::<RoleName>("role", config.role)?);
     let served = Served {
+        role: role.map_or_else(NodeRole::default, NodeRole::from),
         keys,
         admin_keys,
         http,

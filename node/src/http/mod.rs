@@ -34,6 +34,7 @@ use axum::routing::{get, post};
 use bytes::Bytes;
 use protocol::api::{ApiError, ErrorCode};
 use protocol::forward::Endpoint;
+use protocol::node_record::NodeRole;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt;
@@ -65,6 +66,8 @@ pub(crate) struct App {
     /// Refuse foreign `Host` and `Origin` headers.
     pub check_host: bool,
     pub limits: HttpLimits,
+    /// What the others shall use this node for.
+    pub role: NodeRole,
     pub ids: RequestIds,
     /// The other nodes, once this one is in a mesh.
     pub roster: OnceLock<Arc<Roster>>,

@@ -228,6 +228,7 @@ fn peer(line: &PeerLine) -> Value {
             "context_tokens_max": r.context_tokens_max, "running": r.running, "waiting": r.waiting,
             "prompt_tokens": r.prompt_tokens, "prefill_rate": r.prefill_rate,
             "kv_blocks_free": r.kv_blocks_free, "kv_blocks": r.kv_blocks,
+            "decode_step_us": r.decode_step_us, "kv_bytes_per_token": r.kv_bytes_per_token,
         })
     };
     json!({
@@ -241,6 +242,7 @@ fn peer(line: &PeerLine) -> Value {
         "rtt_ms": member.rtt.map(|rtt| rtt.as_secs_f64() * 1e3),
         "version": record.map(|r| r.version.as_str()),
         "draining": record.map(|r| r.draining),
+        "role": record.map(|r| r.role.as_str()),
         "memory_bytes_per_s": record.map(|r| r.memory_bytes_per_s),
         "int8_ops_per_s": record.map(|r| r.int8_ops_per_s),
         "models": record.map(|r| r.replicas.iter().map(replica).collect::<Vec<_>>()),

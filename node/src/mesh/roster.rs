@@ -502,6 +502,7 @@ impl Roster {
             memory_bytes_per_s: measured.memory_bytes_per_s,
             int8_ops_per_s: measured.int8_ops_per_s,
             draining: started.app.drain.is_cancelled(),
+            role: started.app.role,
             replicas: started.app.registry.replica_records(),
         }
     }

@@ -204,6 +204,7 @@ pub fn scripted(control: Arc<Control>) -> Loaded {
         hidden: 2,
         context_tokens_max: CONTEXT,
         fingerprint: "fp_test".to_owned(),
+        kv_bytes_per_token: 0,
         core: Box::new(Script::new(control)),
     }
 }
