@@ -47,16 +47,26 @@ impl KvStorage {
             .then(|| &self.bytes[self.start + block.0 as usize * size..][..size])
     }
 
-    /// Replaces the payload of a block.
-    pub fn write_block(&mut self, block: BlockId, payload: &[u8]) -> Result<(), BlockWriteError> {
+    /// Replaces the payload of a block by these pieces, one after the other.
+    pub fn write_block<P: AsRef<[u8]>>(
+        &mut self,
+        block: BlockId,
+        pieces: &[P],
+    ) -> Result<(), BlockWriteError> {
         let size = self.layout.block_bytes();
         if block.0 as usize >= self.capacity {
             return Err(BlockWriteError::UnknownBlock { block, capacity: self.capacity });
         }
-        if payload.len() != size {
-            return Err(BlockWriteError::WrongSize { bytes: payload.len(), block_bytes: size });
+        let bytes = pieces.iter().map(|piece| piece.as_ref().len()).sum();
+        if bytes != size {
+            return Err(BlockWriteError::WrongSize { bytes, block_bytes: size });
         }
-        self.bytes[self.start + block.0 as usize * size..][..size].copy_from_slice(payload);
+        let mut rest = &mut self.bytes[self.start + block.0 as usize * size..][..size];
+        for piece in pieces {
+            let (place, after) = rest.split_at_mut(piece.as_ref().len());
+            place.copy_from_slice(piece.as_ref());
+            rest = after;
+        }
         Ok(())
     }
 

@@ -297,7 +297,21 @@ impl Executor {
 
     /// Puts a payload that another executor of the same [`NumericalIdentity`] computed into a block.
     pub fn write_block(&mut self, block: BlockId, payload: &[u8]) -> Result<(), BlockWriteError> {
-        self.kv.write_block(block, payload)
+        self.kv.write_block(block, &[payload])
+    }
+
+    /// The same with a payload in pieces, as it comes from a socket.
+    pub fn write_block_pieces<P: AsRef<[u8]>>(
+        &mut self,
+        block: BlockId,
+        pieces: &[P],
+    ) -> Result<(), BlockWriteError> {
+        self.kv.write_block(block, pieces)
+    }
+
+    /// How keys and values lie in a block.
+    pub fn kv_layout(&self) -> &KvLayout {
+        self.kv.layout()
     }
 
     /// What keys and values depend on: only executors with equal identities may share blocks.

@@ -4,12 +4,14 @@
 //! The shell calls [`Replica::generate`] and its kin when requests arrive and [`Replica::step`] as
 //! long as there is work. Refuses sockets and queues to clients: events leave by value.
 
+mod blocks;
 mod generation;
 mod masks;
 mod request;
 mod rows;
 mod stop;
 
+pub use blocks::ServeEvent;
 pub use request::{
     CHOICES_MAX, EmbedRequest, Event, FinishReason, GenerateRequest, PRIORITY_DEFAULT, Pooling,
     RequestError, Resumed, STOP_BYTES_MAX, STOP_STRINGS_MAX, ScoreRequest,
@@ -17,7 +19,9 @@ pub use request::{
 
 use crate::executor::{Executor, StepOutput};
 use crate::tokenizer::Tokenizer;
+use blocks::Transfers;
 use cache::TenantSalt;
+use cache::transfer::TransferId;
 use generation::Generation;
 use masks::MaskThread;
 use protocol::{Duration, Instant, Machine, RequestId, SequenceId, TenantId, TokenId};
@@ -43,6 +47,7 @@ pub struct Replica {
     next_sequence: u64,
     masks: Option<MaskThread>,
     outputs: Vec<BatcherOutput>,
+    transfers: Transfers,
     /// What the executor said when the last step failed.
     step_error: String,
 }
@@ -80,6 +85,8 @@ enum Work {
     Generate(Box<Generation>),
     Embed(Embedding),
     Score(Scoring),
+    /// For a peer: nothing but its blocks.
+    Prefill(TransferId),
 }
 
 impl Replica {
@@ -105,6 +112,7 @@ impl Replica {
             next_sequence: 0,
             masks: None,
             outputs: Vec::new(),
+            transfers: Transfers::default(),
             step_error: String::new(),
         })
     }
@@ -207,9 +215,13 @@ impl Replica {
             .map(|(&id, _)| id)
             .collect();
         for id in ids {
-            self.sequences.remove(&id);
-            self.batcher.handle(now, BatcherInput::Cancel(id), &mut self.outputs);
+            self.cancel_sequence(now, id);
         }
+    }
+
+    fn cancel_sequence(&mut self, now: Instant, id: SequenceId) {
+        self.sequences.remove(&id);
+        self.batcher.handle(now, BatcherInput::Cancel(id), &mut self.outputs);
     }
 
     /// Plans and computes one step. `None` when there is nothing to compute now.
@@ -227,6 +239,7 @@ impl Replica {
         let end = clock();
         self.batcher.handle(end, input, &mut self.outputs);
         self.settle(events);
+        self.pin_all_ready();
         Some(StepReport { duration: end - start, ..report })
     }
 
@@ -328,21 +341,27 @@ impl Replica {
             match output {
                 BatcherOutput::Step(step) => plan = Some(step),
                 BatcherOutput::Started { sequence, cached_tokens } => {
-                    if let Some(s) = self.sequences.get(&sequence) {
+                    if let Some(s) = self.sequences.get(&sequence)
+                        && !matches!(s.work, Work::Prefill(_))
+                    {
                         events
                             .push((s.request, Event::Started { choice: s.choice, cached_tokens }));
                     }
                 }
                 BatcherOutput::Preempted { .. } | BatcherOutput::Resumed { .. } => {}
                 BatcherOutput::Finished { sequence, reason } => {
-                    if let Some(mut s) = self.sequences.remove(&sequence) {
-                        events.push((s.request, s.finish(reason)));
+                    let Some(mut s) = self.sequences.remove(&sequence) else { continue };
+                    match s.work {
+                        Work::Prefill(transfer) => self.prefilled(transfer, None),
+                        _ => events.extend(s.finish(reason).map(|event| (s.request, event))),
                     }
                 }
                 BatcherOutput::Dropped { sequence, reason } => {
-                    if let Some(s) = self.sequences.remove(&sequence) {
-                        let error = request_error(reason, 0, &self.step_error);
-                        events.push((s.request, Event::Failed { choice: s.choice, error }));
+                    let Some(s) = self.sequences.remove(&sequence) else { continue };
+                    let error = request_error(reason, 0, &self.step_error);
+                    match s.work {
+                        Work::Prefill(transfer) => self.prefilled(transfer, Some(error)),
+                        _ => events.push((s.request, Event::Failed { choice: s.choice, error })),
                     }
                 }
             }
@@ -444,6 +463,7 @@ impl Sequence {
                 scoring.push(step.position, output.logits(index), output.vocab());
                 Ok(None)
             }
+            Work::Prefill(_) => Ok(None),
             Work::Generate(_) if step.wanted != LogitsWanted::Last => Ok(None),
             Work::Generate(generation) => {
                 let mask = mask.transpose()?;
@@ -458,15 +478,16 @@ impl Sequence {
         }
     }
 
-    fn finish(&mut self, reason: scheduler::FinishReason) -> Event {
-        match &mut self.work {
+    fn finish(&mut self, reason: scheduler::FinishReason) -> Option<Event> {
+        Some(match &mut self.work {
             Work::Embed(embedding) => embedding.finish(),
             Work::Score(scoring) => scoring.finish(),
             Work::Generate(generation) => generation.finish(match reason {
                 scheduler::FinishReason::Length => FinishReason::Length,
                 _ => FinishReason::Stop,
             }),
-        }
+            Work::Prefill(_) => return None,
+        })
     }
 }
 

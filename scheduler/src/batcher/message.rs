@@ -25,7 +25,7 @@ pub struct Submission {
     pub deadline: Option<Instant>,
     /// Whether to take the prompt's beginning from the cache, wait for others that compute it, and
     /// leave the own blocks to the cache. Without: every token is computed, nothing is kept.
-    /// Only for [`SequenceKind::Generate`]: the others need every row and never share.
+    /// `Embed` and `Score` need every row and never share, whatever this says.
     pub reuse_prefix: bool,
     pub kind: SequenceKind,
 }
@@ -39,6 +39,9 @@ pub enum SequenceKind {
     Embed,
     /// The logits of the prompt, chunk by chunk, from position 0.
     Score,
+    /// Nothing but its blocks, which are in the pool under their names when it is
+    /// [`Complete`](FinishReason::Complete): a prefill for another node.
+    Prefill,
 }
 
 /// What happened to a sequence in a step that is done.
@@ -92,7 +95,7 @@ pub enum FinishReason {
     Stop,
     /// `max_new_tokens` or the end of the context.
     Length,
-    /// Every row of an `Embed` or `Score` has been computed.
+    /// Every row of an `Embed` or `Score`, every block of a `Prefill` has been computed.
     Complete,
 }
 

@@ -4,6 +4,7 @@
 //! Owns: which sequence computes which tokens in the next step, which blocks they go to, who waits,
 //! who is preempted. Refuses: bytes of KV, sampling, clocks.
 
+mod blocks;
 mod config;
 mod lanes;
 mod message;
@@ -106,6 +107,8 @@ pub struct Batcher {
     queued_of: BTreeMap<TenantId, usize>,
     pace: Pace,
     stats: BatcherStats,
+    /// References on blocks that no sequence holds: see `blocks`.
+    held: usize,
 }
 
 impl Batcher {
@@ -126,6 +129,7 @@ impl Batcher {
             queued_of: BTreeMap::new(),
             pace: Pace::default(),
             stats: BatcherStats::default(),
+            held: 0,
         })
     }
 
@@ -191,7 +195,9 @@ impl Batcher {
     fn refusal(&self, submission: &Submission) -> Option<DropReason> {
         let limit = match submission.kind {
             SequenceKind::Generate => self.config.tokens_max() - 1,
-            SequenceKind::Embed | SequenceKind::Score => self.config.prompt_max(),
+            SequenceKind::Embed | SequenceKind::Score | SequenceKind::Prefill => {
+                self.config.prompt_max()
+            }
         };
         if submission.tokens.is_empty() {
             return Some(DropReason::EmptyPrompt);
@@ -239,9 +245,9 @@ impl Batcher {
                 sequence.phase = Phase::Decode;
             }
             match wanted {
-                LogitsWanted::None => {}
+                LogitsWanted::None if sequence.kind != SequenceKind::Prefill => {}
                 LogitsWanted::Last => self.take_token(now, id, results.get(&id).copied(), out),
-                LogitsWanted::All | LogitsWanted::Hidden => {
+                LogitsWanted::None | LogitsWanted::All | LogitsWanted::Hidden => {
                     if sequence.computed == sequence.tokens.len() {
                         self.finish(now, id, FinishReason::Complete, out);
                     }

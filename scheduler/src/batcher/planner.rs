@@ -379,7 +379,7 @@ impl Batcher {
         }
     }
 
-    fn blocks_reserved(&self) -> usize {
+    pub(super) fn blocks_reserved(&self) -> usize {
         self.running.values().map(|id| self.blocks_missing(&self.sequences[id])).sum()
     }
 

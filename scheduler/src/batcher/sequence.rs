@@ -60,7 +60,8 @@ pub(super) struct Sequence {
 
 impl Sequence {
     pub fn new(submission: Submission, ticket: u64, tokens_max: usize, chain: HashChain) -> Self {
-        let shares = submission.reuse_prefix && submission.kind == SequenceKind::Generate;
+        let needs_rows = matches!(submission.kind, SequenceKind::Embed | SequenceKind::Score);
+        let shares = submission.reuse_prefix && !needs_rows;
         let prompt_tokens = submission.tokens.len();
         let mut sequence = Sequence {
             id: submission.sequence,
@@ -105,6 +106,7 @@ impl Sequence {
         match self.kind {
             SequenceKind::Embed => LogitsWanted::Hidden,
             SequenceKind::Score => LogitsWanted::All,
+            SequenceKind::Prefill => LogitsWanted::None,
             SequenceKind::Generate if self.computed + self.planned == self.tokens.len() => {
                 LogitsWanted::Last
             }

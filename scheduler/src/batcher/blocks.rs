@@ -1,0 +1,81 @@
+//! Blocks that are not a sequence's: room for what comes from elsewhere, pins of what goes there.
+//!
+//! Who takes blocks here gives every one back: by [`Batcher::release_blocks`], or by leaving them to the pool's cache
+//! once they are attached and released.
+
+use cache::{BlockHash, BlockId, Committed, HashChain, Lookup, TenantSalt};
+use protocol::{SequenceId, TokenId};
+
+use super::Batcher;
+
+impl Batcher {
+    /// The names of the full blocks of `tokens`, as a sequence of that tenant gets them.
+    pub fn block_names(&self, salt: TenantSalt, tokens: &[TokenId]) -> Vec<BlockHash> {
+        let mut chain = HashChain::new(salt, &self.config.identity, self.config.block_tokens);
+        chain.extend(tokens);
+        chain.hashes().to_vec()
+    }
+
+    /// How many of the names, from the first on, are in the pool or being computed by some sequence.
+    pub fn blocks_known(&self, names: &[BlockHash]) -> usize {
+        names.iter().take_while(|name| self.pool.lookup(name) != Lookup::Absent).count()
+    }
+
+    /// `n` blocks that nobody else reads or writes, or none at all if running sequences may need them. At
+    /// most half of the pool is held in this way, so that sequences go on beside it.
+    pub fn reserve_blocks(&mut self, n: usize) -> Vec<BlockId> {
+        let kept = self.blocks_reserved() + self.config.blocks_watermark as usize;
+        let held_max = self.pool.capacity() / 2;
+        if n + kept > self.pool.available() || self.held + n > held_max {
+            return Vec::new();
+        }
+        let blocks = self.pool.reserve(n, &mut Vec::new()).unwrap_or_default();
+        self.held += blocks.len();
+        blocks
+    }
+
+    /// Names reserved blocks whose bytes are whole. The references stay the caller's; where another block
+    /// had the name already, they have moved to that one.
+    pub fn attach_blocks(&mut self, blocks: &[(BlockId, BlockHash)]) -> Vec<BlockId> {
+        let attached = blocks.iter().map(|&(block, name)| match self.pool.attach(block, name) {
+            Committed::Indexed => block,
+            Committed::Replaced(canonical) => canonical,
+        });
+        attached.collect()
+    }
+
+    /// References on the longest beginning of `names` that is in the pool.
+    pub fn pin_blocks(&mut self, names: &[BlockHash]) -> Vec<BlockId> {
+        let blocks = self.pool.match_prefix(names);
+        self.held += blocks.len();
+        blocks
+    }
+
+    /// Takes back one reference on each, which one of the above has given.
+    pub fn release_blocks(&mut self, blocks: &[BlockId]) {
+        self.held = self.held.checked_sub(blocks.len()).expect("only what was taken here");
+        for &block in blocks.iter().rev() {
+            self.pool.release(block);
+        }
+    }
+
+    /// References that are held outside of sequences.
+    pub fn blocks_held(&self) -> usize {
+        self.held
+    }
+
+    /// Says that these blocks are on their way, so that sequences wait for them. `owner` is a number that
+    /// no sequence has.
+    pub fn claim_blocks(&mut self, names: &[BlockHash], owner: SequenceId) {
+        for name in names {
+            self.pool.claim(name, owner);
+        }
+    }
+
+    /// Ends what [`claim_blocks`](Self::claim_blocks) said.
+    pub fn unclaim_blocks(&mut self, names: &[BlockHash], owner: SequenceId) {
+        for name in names {
+            self.pool.unclaim(name, owner);
+        }
+    }
+}
