@@ -122,6 +122,41 @@ impl HashChain {
     }
 }
 
+/// Gives the blocks of one model their names, for who has only tokens.
+#[derive(Clone)]
+pub struct Namer {
+    secret: [u8; 32],
+    identity: NumericalIdentity,
+    block_tokens: usize,
+}
+
+impl Namer {
+    /// Names as a replica gives them that has this secret and identity. Panics if `block_tokens` is 0.
+    pub fn new(secret: [u8; 32], identity: NumericalIdentity, block_tokens: usize) -> Self {
+        assert!(block_tokens > 0, "a block holds at least one token");
+        Namer { secret, identity, block_tokens }
+    }
+
+    /// The names of the full blocks of `tokens`, as sequences of that tenant have them.
+    pub fn names(&self, tenant: &TenantId, tokens: &[TokenId]) -> Vec<BlockHash> {
+        let salt = TenantSalt::derive(&self.secret, tenant);
+        let mut chain = HashChain::new(salt, &self.identity, self.block_tokens);
+        chain.extend(tokens);
+        chain.hashes
+    }
+
+    pub fn block_tokens(&self) -> usize {
+        self.block_tokens
+    }
+}
+
+impl fmt::Debug for Namer {
+    /// Hides the secret.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Namer").field("identity", &self.identity).finish_non_exhaustive()
+    }
+}
+
 impl fmt::Display for BlockHash {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.iter().try_for_each(|b| write!(f, "{b:02x}"))

@@ -11,5 +11,5 @@ mod pool;
 pub mod transfer;
 
 pub use block::{BLOCK_TOKENS_DEFAULT, BlockId};
-pub use hash::{BlockHash, HashChain, IdentityParts, NumericalIdentity, TenantSalt};
+pub use hash::{BlockHash, HashChain, IdentityParts, Namer, NumericalIdentity, TenantSalt};
 pub use pool::{Allocated, BlockPool, Committed, Lookup, PoolStats};

@@ -119,7 +119,7 @@ fn prompt() -> Vec<TokenId> {
 }
 
 fn names(replica: &Replica) -> Vec<BlockHash> {
-    replica.block_names(&TenantId::local(), &prompt())
+    replica.namer().names(&TenantId::local(), &prompt())
 }
 
 fn prefill(tokens: Vec<TokenId>) -> KvWork {

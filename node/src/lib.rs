@@ -8,6 +8,7 @@
 mod accept;
 pub mod http;
 mod ids;
+mod kv;
 pub mod load;
 pub mod measured;
 pub mod mesh;

@@ -3,12 +3,14 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use cache::Namer;
 use engine::chat::{ChatTemplate, ToolFormat};
 use engine::grammar::{GrammarCache, TokenizerEnv};
 use engine::replica::{GenerateRequest, Replica};
 use engine::tokenizer::Tokenizer;
 use protocol::RequestId;
 
+use crate::kv::KvPlane;
 use crate::metrics::Metrics;
 use crate::model::Model;
 use crate::options::ModelOptions;
@@ -29,6 +31,8 @@ pub struct Loaded {
     pub fingerprint: String,
     /// Bytes of keys and values that one token takes; 0 for one that has none.
     pub kv_bytes_per_token: usize,
+    /// Names its KV blocks; without it the model exchanges none with other nodes.
+    pub namer: Option<Namer>,
     pub core: Box<dyn Core>,
 }
 
@@ -49,6 +53,7 @@ impl Loaded {
             context_tokens_max: replica.tokens_max(),
             fingerprint,
             kv_bytes_per_token: replica.executor().token_bytes(),
+            namer: Some(replica.namer()),
             core: Box::new(replica),
         }
     }
@@ -73,8 +78,7 @@ pub type Loader =
 /// Loads the models one after the other, in their order: loading is bound by the disk.
 pub(crate) fn spawn(
     models: Vec<ModelOptions>,
-    registry: Arc<Registry>,
-    metrics: Arc<Metrics>,
+    (registry, metrics, kv): (Arc<Registry>, Arc<Metrics>, Arc<KvPlane>),
     on_progress: Option<OnProgress>,
 ) {
     tokio::task::spawn_blocking(move || {
@@ -90,7 +94,7 @@ pub(crate) fn spawn(
             let loaded = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
                 let loaded = (model.loader)(&|done, stage| report(done * READING, stage))?;
                 report(READING, "warming up");
-                start(&id, loaded, &metrics)
+                start(&id, loaded, &metrics, &kv)
             }));
             let state = match loaded {
                 Ok(Ok(model)) => {
@@ -114,7 +118,7 @@ pub(crate) fn spawn(
 }
 
 /// Makes one step, so that the first client does not pay for cold pages, then starts the thread.
-fn start(id: &str, mut loaded: Loaded, metrics: &Metrics) -> Result<Model, String> {
+fn start(id: &str, mut loaded: Loaded, metrics: &Metrics, kv: &KvPlane) -> Result<Model, String> {
     let origin = Instant::now();
     let clock = move || {
         protocol::Instant::from_nanos(
@@ -134,8 +138,10 @@ fn start(id: &str, mut loaded: Loaded, metrics: &Metrics) -> Result<Model, Strin
         .inspect_err(|error| tracing::warn!(model = id, %error, "no grammars for this model"))
         .ok()
         .map(GrammarCache::new);
+    let kv = kv.add((id, &loaded.fingerprint), replica.clone(), loaded.namer);
     Ok(Model {
         id: id.to_owned(),
+        kv,
         tool_format,
         grammars,
         tokenizer: loaded.tokenizer,

@@ -1,10 +1,13 @@
 //! A model that can serve: its tokenizer, its template and the way to its replica.
 
+use std::sync::Arc;
+
 use engine::chat::{ChatTemplate, ToolFormat};
 use engine::grammar::GrammarCache;
 use engine::tokenizer::Tokenizer;
 use protocol::TokenId;
 
+use crate::kv::ModelKv;
 use crate::metrics::ModelMetrics;
 use crate::replica::ReplicaHandle;
 
@@ -29,6 +32,8 @@ pub struct Model {
     pub fingerprint: String,
     /// Bytes of keys and values that one token takes.
     pub kv_bytes_per_token: usize,
+    /// Its KV blocks from and to other nodes, if it exchanges any.
+    pub(crate) kv: Option<Arc<ModelKv>>,
     pub replica: ReplicaHandle,
     pub metrics: ModelMetrics,
 }

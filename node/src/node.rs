@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use protocol::node_record::NodeRole;
 use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
@@ -14,6 +15,7 @@ use tokio_util::task::TaskTracker;
 use crate::accept;
 use crate::http::{self, App};
 use crate::ids::RequestIds;
+use crate::kv::KvPlane;
 use crate::load;
 use crate::measured::{self, Host};
 use crate::mesh::{MembersError, Mesh, Roster};
@@ -75,8 +77,11 @@ pub async fn serve(options: NodeOptions) -> Result<Node, ServeError> {
     let (control, admin_keys) = options.admin.unzip();
     let metrics = Arc::new(Metrics::new()?);
     let registry = Arc::new(Registry::new(options.models.iter().map(|m| m.id.clone())));
+    let stop = CancellationToken::new();
+    let kv = KvPlane::new(options.role != NodeRole::Decode, stop.clone());
     let app = Arc::new(App {
         registry: registry.clone(),
+        kv: kv.clone(),
         metrics: metrics.clone(),
         check_host: loopback && options.keys.is_empty(),
         keys: options.keys,
@@ -89,9 +94,9 @@ pub async fn serve(options: NodeOptions) -> Result<Node, ServeError> {
         running: TaskTracker::new(),
         drain: CancellationToken::new(),
         cancel: CancellationToken::new(),
-        stop: CancellationToken::new(),
+        stop,
     });
-    load::spawn(options.models, registry, metrics, options.on_progress);
+    load::spawn(options.models, (registry, metrics, kv), options.on_progress);
     let router = http::router(app.clone(), control);
     let write_timeouts = app.metrics.write_timeouts();
     let serving = accept::serve(listener, router, options.http, write_timeouts, app.stop.clone());
@@ -118,8 +123,10 @@ impl Node {
     /// If membership cannot begin; the node goes on alone.
     pub fn join(&self, mesh: Mesh, roster: Arc<Roster>, data: &Path) -> Result<(), MembersError> {
         roster.start(mesh, data, self.app.clone())?;
-        let shown = roster.clone();
+        self.app.kv.join(&roster);
+        let (shown, kv) = (roster.clone(), self.app.kv.clone());
         self.app.metrics.add_source(Box::new(move || shown.samples()));
+        self.app.metrics.add_source(Box::new(move || kv.samples()));
         let _ = self.app.roster.set(roster);
         Ok(())
     }
@@ -146,6 +153,7 @@ impl Node {
         let app = &self.app;
         app.drain.cancel();
         app.running.close();
+        app.kv.leave().await;
         if let Some(roster) = app.roster.get() {
             roster.leave().await;
         }

@@ -16,9 +16,11 @@ use std::time::Duration;
 use engine::replica::{
     EmbedRequest, Event, Events, GenerateRequest, Replica, RequestError, ScoreRequest,
 };
+use protocol::transfer::KvFormat;
 use protocol::{Instant, RequestId};
 use tokio::sync::{mpsc, oneshot};
 
+use crate::kv::{self, PoolCommand, PoolEvent, PoolQueue};
 use crate::metrics::ModelMetrics;
 
 /// What the thread drives: `engine::replica::Replica`, or a script in tests.
@@ -31,6 +33,19 @@ pub trait Core: Send + 'static {
     /// One forward pass, and what came of it. Called whenever requests are open.
     fn step(&mut self, clock: &dyn Fn() -> Instant, events: &mut Events) -> StepReport;
     fn stats(&self) -> Stats;
+    /// What its blocks are, if it gives blocks to peers and takes theirs; the methods below are called
+    /// only then.
+    fn kv_format(&self) -> Option<KvFormat> {
+        None
+    }
+    /// Something about blocks, between steps.
+    fn pool(&mut self, _now: Instant, _command: PoolCommand, _events: &mut Vec<PoolEvent>) {}
+    /// What the last step or command did to blocks that peers want.
+    fn served(&mut self, _events: &mut Vec<PoolEvent>) {}
+    /// Whether there is something to compute though no request is open: prefills for peers.
+    fn has_work(&self) -> bool {
+        false
+    }
 }
 
 /// A request to a replica.
@@ -119,6 +134,22 @@ impl Core for Replica {
             preemptions: stats.preemptions,
         }
     }
+
+    fn kv_format(&self) -> Option<KvFormat> {
+        Some(Replica::kv_format(self))
+    }
+
+    fn pool(&mut self, now: Instant, command: PoolCommand, events: &mut Vec<PoolEvent>) {
+        kv::execute(self, now, command, events);
+    }
+
+    fn served(&mut self, events: &mut Vec<PoolEvent>) {
+        kv::served(self, events);
+    }
+
+    fn has_work(&self) -> bool {
+        Replica::has_work(self)
+    }
 }
 
 /// An event, with the index of the part of the submission that it belongs to.
@@ -137,7 +168,9 @@ pub enum SubmitError {
 /// The way to a replica's thread. Cheap to clone; the thread ends when the last one is dropped.
 #[derive(Clone)]
 pub struct ReplicaHandle {
-    inbox: SyncSender<Submission>,
+    inbox: SyncSender<Command>,
+    pool: Arc<PoolQueue>,
+    kv_format: Option<KvFormat>,
     running: Arc<AtomicBool>,
     /// As it was after the last step.
     stats: Arc<Mutex<Stats>>,
@@ -146,6 +179,12 @@ pub struct ReplicaHandle {
 
 /// The time of a replica.
 pub type Clock = Arc<dyn Fn() -> Instant + Send + Sync>;
+
+enum Command {
+    Submit(Submission),
+    /// There is something in the pool's queue.
+    Wake,
+}
 
 struct Submission {
     parts: Vec<Work>,
@@ -164,7 +203,9 @@ impl ReplicaHandle {
         let (inbox, commands) = sync_channel(INBOX_MAX);
         let model = name.to_owned();
         let running = Arc::new(AtomicBool::new(true));
-        let alive = Alive(running.clone());
+        let pool = Arc::new(PoolQueue::default());
+        let alive = Alive { running: running.clone(), pool: pool.clone() };
+        let kv_format = core.kv_format();
         let stats = Arc::new(Mutex::new(core.stats()));
         let published = stats.clone();
         let time = clock.clone();
@@ -174,6 +215,7 @@ impl ReplicaHandle {
                     core,
                     clock: time,
                     metrics,
+                    pool: alive.pool.clone(),
                     requests: BTreeMap::new(),
                     published,
                     unsettled: false,
@@ -189,7 +231,24 @@ impl ReplicaHandle {
                     );
                 }
             })?;
-        Ok((ReplicaHandle { inbox, running, stats, clock }, thread))
+        Ok((ReplicaHandle { inbox, pool, kv_format, running, stats, clock }, thread))
+    }
+
+    /// What its blocks are, if it exchanges blocks with peers.
+    pub fn kv_format(&self) -> Option<KvFormat> {
+        self.kv_format
+    }
+
+    /// Has something done to its blocks, after the step that it is in.
+    pub(crate) fn pool(&self, command: PoolCommand) {
+        self.pool.push(command);
+        // Where the inbox is full or gone, it looks, or has ended.
+        let _ = self.inbox.try_send(Command::Wake);
+    }
+
+    /// The answers to [`pool`](Self::pool), for one listener.
+    pub(crate) fn pool_events(&self) -> mpsc::UnboundedReceiver<PoolEvent> {
+        self.pool.listen()
     }
 
     /// False once the thread has ended.
@@ -217,7 +276,8 @@ impl ReplicaHandle {
     ) -> Result<(Vec<PartEvent>, mpsc::Receiver<PartEvent>), SubmitError> {
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         let (reply, answer) = oneshot::channel();
-        self.inbox.try_send(Submission { parts, events, reply }).map_err(|error| match error {
+        let submission = Command::Submit(Submission { parts, events, reply });
+        self.inbox.try_send(submission).map_err(|error| match error {
             TrySendError::Full(_) => SubmitError::Busy,
             TrySendError::Disconnected(_) => SubmitError::Stopped,
         })?;
@@ -230,11 +290,15 @@ impl ReplicaHandle {
 }
 
 /// Says at its end that the replica does not run any more.
-struct Alive(Arc<AtomicBool>);
+struct Alive {
+    running: Arc<AtomicBool>,
+    pool: Arc<PoolQueue>,
+}
 
 impl Drop for Alive {
     fn drop(&mut self) {
-        self.0.store(false, Ordering::Release);
+        self.running.store(false, Ordering::Release);
+        self.pool.close();
     }
 }
 
@@ -242,6 +306,7 @@ struct Shell {
     core: Box<dyn Core>,
     clock: Clock,
     metrics: ModelMetrics,
+    pool: Arc<PoolQueue>,
     requests: BTreeMap<RequestId, Open>,
     published: Arc<Mutex<Stats>>,
     /// A request was cancelled since the last step: the next one frees its blocks.
@@ -257,28 +322,30 @@ struct Open {
 }
 
 impl Shell {
-    fn run(mut self, inbox: Receiver<Submission>, alive: Alive) {
+    fn run(mut self, inbox: Receiver<Command>, alive: Alive) {
         // Goes before the inbox and the streams do: nobody sees them closed and the replica alive.
         let _alive = alive;
         let mut events = Vec::new();
         let mut stalled = false;
         loop {
-            if self.requests.is_empty() && !self.unsettled {
+            if self.requests.is_empty() && !self.unsettled && !self.core.has_work() {
                 match inbox.recv() {
-                    Ok(submission) => self.submit(submission),
+                    Ok(command) => self.take(command),
                     Err(_) => return,
                 }
             } else if stalled {
                 match inbox.recv_timeout(STALL_WAIT) {
-                    Ok(submission) => self.submit(submission),
+                    Ok(command) => self.take(command),
                     Err(RecvTimeoutError::Timeout) => {}
                     // Running requests still have clients: they are finished first.
+                    Err(RecvTimeoutError::Disconnected) if self.requests.is_empty() => return,
                     Err(RecvTimeoutError::Disconnected) => std::thread::sleep(STALL_WAIT),
                 }
             }
-            for submission in inbox.try_iter().take(INBOX_MAX) {
-                self.submit(submission);
+            for command in inbox.try_iter().take(INBOX_MAX) {
+                self.take(command);
             }
+            self.serve_pool();
             self.cancel_abandoned();
             self.unsettled = false;
             let began = (self.clock)();
@@ -289,12 +356,36 @@ impl Shell {
                 self.metrics.step_tokens.increment(report.tokens as u64);
             }
             stalled = report.tokens == 0 && events.is_empty();
+            self.tell_served();
             // Before the events: whoever has seen an answer's end finds it in the gauges.
             self.publish();
             for (request, event) in events.drain(..) {
                 self.deliver(request, event);
             }
         }
+    }
+
+    fn take(&mut self, command: Command) {
+        match command {
+            Command::Submit(submission) => self.submit(submission),
+            Command::Wake => {}
+        }
+    }
+
+    /// Does what transfers want of the pool.
+    fn serve_pool(&mut self) {
+        let mut events = Vec::new();
+        while let Some(command) = self.pool.pop() {
+            self.core.pool((self.clock)(), command, &mut events);
+        }
+        self.core.served(&mut events);
+        self.pool.answer(events.into_iter());
+    }
+
+    fn tell_served(&mut self) {
+        let mut events = Vec::new();
+        self.core.served(&mut events);
+        self.pool.answer(events.into_iter());
     }
 
     fn submit(&mut self, submission: Submission) {

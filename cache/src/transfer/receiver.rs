@@ -259,9 +259,14 @@ struct Chunk {
 
 impl Receiver {
     pub fn new(config: TransferConfig) -> Self {
+        Receiver::counting_from(config, 0)
+    }
+
+    /// A receiver whose attempts are numbered from `first`: one beside others of the same process.
+    pub fn counting_from(config: TransferConfig, first: u64) -> Self {
         Receiver {
             config,
-            attempts: 0,
+            attempts: first,
             active: BTreeMap::new(),
             live: BTreeMap::new(),
             streams: BTreeMap::new(),

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use cache::transfer::{Served, TransferId};
-use cache::{BlockHash, BlockId, TenantSalt};
+use cache::{BlockHash, BlockId, Namer};
 use kernels::attention::KvDtype;
 use protocol::transfer::{KvDtype as WireDtype, KvFormat, KvRefusal, KvWork};
 use protocol::{Instant, RequestId, SequenceId, TenantId, TokenId};
@@ -68,9 +68,10 @@ impl Replica {
         }
     }
 
-    /// The names of the full blocks of `tokens`, as this tenant's sequences have them.
-    pub fn block_names(&self, tenant: &TenantId, tokens: &[TokenId]) -> Vec<BlockHash> {
-        self.batcher.block_names(TenantSalt::derive(&self.secret, tenant), tokens)
+    /// What names this replica's blocks.
+    pub fn namer(&self) -> Namer {
+        let config = self.batcher.config();
+        Namer::new(self.secret, config.identity, config.block_tokens)
     }
 
     /// How many of the names, from the first on, are here or being computed here.
@@ -206,7 +207,7 @@ impl Replica {
             return Err(KvRefusal::Protocol);
         }
         tokens.truncate(end.saturating_mul(self.batcher.config().block_tokens));
-        match self.block_names(&tenant, &tokens).get(first..end) {
+        match self.namer().names(&tenant, &tokens).get(first..end) {
             Some(ours) if ours == names => Ok((tenant, tokens)),
             _ => Err(KvRefusal::OtherNames),
         }

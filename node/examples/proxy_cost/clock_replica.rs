@@ -60,6 +60,7 @@ fn clock_model(gap: Duration) -> Loaded {
         context_tokens_max: 1 << 20,
         fingerprint: "fp_clock".to_owned(),
         kv_bytes_per_token: 0,
+        namer: None,
         core: Box::new(Clock { gap, running: BTreeMap::new() }),
     }
 }

@@ -7,7 +7,7 @@ use super::system;
 use anyhow::{Context, bail};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use node::measured::Host;
-use node::mesh::{ControlRoutes, Mesh, Roster};
+use node::mesh::{ControlRoutes, Mesh, Roster, kv_secret};
 use node::{ADMIN_KEY_VARIABLE, ApiKeys, HttpLimits, Loaded, ModelOptions, Node, NodeOptions};
 use protocol::node_record::NodeRole;
 use serde::Deserialize;
@@ -114,9 +114,19 @@ pub async fn up(args: UpArgs) -> anyhow::Result<()> {
 
 /// Starts the node and waits until every model is ready.
 pub async fn serve(served: Served, engine: &EngineArgs) -> anyhow::Result<Node> {
-    let secret = match &served.data {
-        Some(dir) => node_secret(dir)?,
-        None => random_secret()?,
+    let secret = match (&served.mesh, &served.data) {
+        (Some((mesh, roster, _)), Some(data)) => match kv_secret(mesh, roster, data).await? {
+            Some(secret) => secret,
+            None => {
+                tracing::warn!(
+                    "no member that could be reached gave this node the mesh's KV secret: it computes \
+                     every prompt itself until it is started again"
+                );
+                random_secret()?
+            }
+        },
+        (_, Some(data)) => node_secret(data)?,
+        (_, None) => random_secret()?,
     };
     let mut models = Vec::new();
     for spec in &served.models {

@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::guard::Caller;
 use super::journal::{self, Journal};
 use super::log::RequestLog;
+use crate::kv::Brought;
 use crate::model::Model;
 use crate::replica::{PartEvent, SubmitError, Work};
 
@@ -80,8 +81,15 @@ impl Generation {
         if !before.is_empty() {
             resume(&mut parts, before, choices_per_part, &mut cached_tokens)?;
         }
+        let submitting = async {
+            // Kept until the sequences are submitted.
+            let brought = bring(&model, &parts, caller.deadline).await;
+            let submitted = model.replica.submit(parts).await;
+            drop(brought);
+            submitted
+        };
         let (replayed, events) = tokio::select! {
-            submitted = model.replica.submit(parts) => submitted.map_err(submit_error)?,
+            submitted = submitting => submitted.map_err(submit_error)?,
             () = cancel.cancelled() => return Err(super::shutting_down()),
         };
         let replayed = journal::in_order(before, choices_per_part, replayed).collect();
@@ -242,6 +250,18 @@ impl Drop for Generation {
         metrics.cached_tokens.increment(cached);
         self.log.tokens(self.prompt_tokens, cached, self.generated);
     }
+}
+
+/// Gets what of the prompts is better had from other nodes than computed here.
+async fn bring(model: &Model, parts: &[Work], deadline: Instant) -> Vec<Brought> {
+    let Some(kv) = &model.kv else { return Vec::new() };
+    let brought = parts.iter().map(|part| async move {
+        match part {
+            Work::Generate(request) => kv.bring(request, deadline).await,
+            Work::Embed(_) | Work::Score(_) => None,
+        }
+    });
+    futures_util::future::join_all(brought).await.into_iter().flatten().collect()
 }
 
 /// Has each part go on where the journal ends.

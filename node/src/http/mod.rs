@@ -49,6 +49,7 @@ pub use auth::{
 };
 
 use crate::ids::RequestIds;
+use crate::kv::KvPlane;
 use crate::measured::Measured;
 use crate::mesh::{ControlRoutes, Roster};
 use crate::metrics::Metrics;
@@ -59,6 +60,8 @@ use error::Failure;
 /// What every handler sees.
 pub(crate) struct App {
     pub registry: Arc<Registry>,
+    /// KV blocks from and to other nodes.
+    pub kv: Arc<KvPlane>,
     pub metrics: Arc<Metrics>,
     pub keys: ApiKeys,
     /// For `/mesh`: none of them, and it is closed.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use protocol::NodeId;
-use protocol::frame::Kind;
+use protocol::frame::{Frame, Kind};
 use protocol::identity::greeting::{GreetingError, GreetingOutput};
 use protocol::identity::join::{Contact, Refusal};
 use protocol::identity::{Attempts, AttemptsConfig, Certificate, InviteId, SignedRecord};
@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::exchange::{self, Answered, Exchange};
-use super::frames::{FrameRate, FrameReader, FrameWriter};
+use super::frames::{DataStream, FrameRate, FrameReader, FrameStream, FrameWriter};
 use super::identity::{Identity, Standing};
 use super::limits::{MeshCounters, MeshLimits};
 use super::quic::{Endpoint, Link, Plane};
@@ -53,6 +53,12 @@ pub trait Service: Send + Sync + 'static {
     fn datagram(&self, _from: NodeId, _bytes: Bytes) {}
 
     fn event(&self, _event: PeerEvent) {}
+
+    /// A member asks for KV blocks: the first frame of a stream that is for nothing else.
+    fn kv_control(&self, _from: NodeId, _ask: Frame, _stream: FrameStream) {}
+
+    /// A member sends KV blocks; the first frame says to what they belong.
+    fn kv_data(&self, _from: NodeId, _header: Frame, _stream: DataStream) {}
 
     /// A call of a member; `Err` gives it back if the method is not known.
     fn call(&self, call: Call) -> Result<BoxFuture<'static, ()>, Box<Call>> {
@@ -417,6 +423,12 @@ impl Connections {
                     // As many as quinn lets the peer open: `streams_per_peer`.
                     self.tasks.spawn(async move { this.stream(&connection, stream).await });
                 }
+                stream = connection.link.accept_data() => {
+                    let Ok(stream) = stream else { break };
+                    let (this, connection) = (self.clone(), connection.clone());
+                    // As many as quinn lets the peer open.
+                    self.tasks.spawn(async move { this.data_stream(&connection, stream).await });
+                }
                 datagram = connection.link.datagram() => {
                     let Ok(datagram) = datagram else { break };
                     self.service.datagram(node, datagram);
@@ -477,6 +489,11 @@ impl Connections {
             }
         };
         MeshCounters::add(&self.counters.frames);
+        if frame.kind == Kind::KV_ASK {
+            let (rate, stream_timeout) = (connection.rate.clone(), limits.stream_timeout);
+            let stream = FrameStream { reader, writer, rate, stream_timeout };
+            return self.service.kv_control(connection.link.peer(), frame, stream);
+        }
         if frame.kind != Kind::RPC_REQUEST {
             let why = format!("a stream that begins with a frame of kind {}", frame.kind.0);
             return self.fault(connection, &why, false);
@@ -514,6 +531,24 @@ impl Connections {
             Ok(()) => {}
             Err(Some(error)) => self.fault(connection, &error, false),
             Err(None) => self.fault(connection, &"unknown method", false),
+        }
+    }
+
+    /// One stream of a member's KV blocks.
+    async fn data_stream(
+        self: &Arc<Self>,
+        connection: &Arc<Connection>,
+        receive: quinn::RecvStream,
+    ) {
+        let mut reader = FrameReader::new(receive, self.limits.frame_bytes_max);
+        match reader.next_within(&connection.rate, self.limits.stream_timeout).await {
+            Ok(Some(header)) => {
+                MeshCounters::add(&self.counters.frames);
+                let stream = DataStream { reader, rate: connection.rate.clone() };
+                self.service.kv_data(connection.link.peer(), header, stream);
+            }
+            Ok(None) => {}
+            Err(error) => self.fault(connection, &error, error.is_misbehaviour()),
         }
     }
 
@@ -607,6 +642,31 @@ impl Connections {
         };
         stream.send(protocol::frame::Frame::new(Kind::RPC_REQUEST, request)).await?;
         Ok(stream)
+    }
+
+    /// Opens a stream for frames of KV transfers.
+    pub async fn open_frames(&self, node: NodeId) -> Result<FrameStream, super::CallError> {
+        use super::CallError;
+        let connection = self.to(node).ok_or(CallError::NotConnected(node))?;
+        let within = self.limits.stream_timeout;
+        let opened = tokio::time::timeout(within, connection.link.open()).await;
+        let late = CallError::Deadline { node, after: within };
+        let (send, receive) =
+            opened.map_err(|_| late)?.map_err(|_| CallError::NotConnected(node))?;
+        Ok(FrameStream {
+            reader: FrameReader::new(receive, self.limits.frame_bytes_max),
+            writer: FrameWriter::new(send),
+            rate: connection.rate.clone(),
+            stream_timeout: within,
+        })
+    }
+
+    /// Opens a one-way stream for KV blocks.
+    pub async fn open_data(&self, node: NodeId) -> Result<FrameWriter, super::CallError> {
+        use super::CallError;
+        let connection = self.to(node).ok_or(CallError::NotConnected(node))?;
+        let stream = connection.link.open_data().await;
+        Ok(FrameWriter::new(stream.map_err(|_| CallError::NotConnected(node))?))
     }
 
     fn now(&self) -> protocol::Instant {

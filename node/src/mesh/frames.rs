@@ -1,8 +1,9 @@
 //! Frames on quinn streams, with every bound.
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use protocol::frame::{Frame, FrameError, HEADER_BYTES, Header};
 use thiserror::Error;
 
@@ -15,6 +16,20 @@ pub(crate) struct FrameReader {
 /// Writes frames to one stream.
 pub(crate) struct FrameWriter {
     stream: quinn::SendStream,
+}
+
+/// Both directions of a stream on which frames go.
+pub struct FrameStream {
+    pub(crate) reader: FrameReader,
+    pub(crate) writer: FrameWriter,
+    pub(crate) rate: Arc<FrameRate>,
+    pub(crate) stream_timeout: Duration,
+}
+
+/// A stream on which a member sends KV blocks.
+pub struct DataStream {
+    pub(crate) reader: FrameReader,
+    pub(crate) rate: Arc<FrameRate>,
 }
 
 /// Why a stream has no further frame.
@@ -68,6 +83,27 @@ impl FrameReader {
         Ok(Some(Frame { kind: header.kind, body }))
     }
 
+    /// The next `bytes` bytes, which are in no frame: in pieces, as they came.
+    pub async fn payload(&mut self, bytes: usize) -> Result<Vec<Bytes>, StreamError> {
+        let (mut pieces, mut left) = (Vec::new(), bytes);
+        while left > 0 {
+            let piece = self.stream.read_chunk(left, true).await;
+            match piece.map_err(|e| StreamError::Gone(e.to_string()))? {
+                Some(piece) => {
+                    left -= piece.bytes.len();
+                    pieces.push(piece.bytes);
+                }
+                None => return Err(StreamError::Cut),
+            }
+        }
+        Ok(pieces)
+    }
+
+    /// Tells the peer that nothing more is read.
+    pub fn stop(&mut self) {
+        let _ = self.stream.stop(quinn::VarInt::from_u32(0));
+    }
+
     /// As [`FrameReader::next`], within a time.
     pub async fn next_within(
         &mut self,
@@ -97,6 +133,21 @@ impl FrameWriter {
                 Err(StreamError::Timeout { after })
             }
         }
+    }
+
+    /// Writes bytes that are in no frame, without a copy.
+    pub async fn payload(&mut self, bytes: Bytes) -> Result<(), StreamError> {
+        self.stream.write_chunk(bytes).await.map_err(|e| StreamError::Gone(e.to_string()))
+    }
+
+    /// Among the streams of a connection the higher goes first; 0 is usual.
+    pub fn set_priority(&self, priority: i32) {
+        let _ = self.stream.set_priority(priority);
+    }
+
+    /// Breaks the stream off: what the peer has not read is of no use.
+    pub fn reset(&mut self) {
+        let _ = self.stream.reset(quinn::VarInt::from_u32(0));
     }
 
     /// Ends the stream; what was written still arrives.

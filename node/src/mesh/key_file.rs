@@ -29,6 +29,17 @@ pub enum KeyFileError {
 
 /// Reads the key, `None` if there is no such file.
 pub(crate) fn read(path: &Path) -> Result<Option<NodeKey>, KeyFileError> {
+    Ok(read_secret(path, HEADER)?.map(NodeKey::from_secret))
+}
+
+/// Writes a new key: whole and durable under its name, or not at all. A file that is there already is
+/// kept and an error.
+pub(crate) fn create(path: &Path, key: &NodeKey) -> Result<(), KeyFileError> {
+    create_secret(path, HEADER, &key.secret())
+}
+
+/// As [`read`], a secret whose file says `header` of itself.
+pub(crate) fn read_secret(path: &Path, header: &str) -> Result<Option<[u8; 32]>, KeyFileError> {
     let io = |doing| move |source| KeyFileError::Io { doing, path: path.to_owned(), source };
     let file = match File::open(path) {
         Ok(file) => file,
@@ -42,15 +53,18 @@ pub(crate) fn read(path: &Path) -> Result<Option<NodeKey>, KeyFileError> {
     let mut text = String::new();
     let damaged = || KeyFileError::Damaged { path: path.to_owned() };
     match file.take(FILE_BYTES_MAX).read_to_string(&mut text) {
-        Ok(_) => parse(&text).map(Some).ok_or_else(damaged),
+        Ok(_) => parse(&text, header).map(Some).ok_or_else(damaged),
         Err(error) if error.kind() == ErrorKind::InvalidData => Err(damaged()),
         Err(error) => Err(io("read")(error)),
     }
 }
 
-/// Writes a new key: whole and durable under its name, or not at all. A file that is there already is
-/// kept and an error.
-pub(crate) fn create(path: &Path, key: &NodeKey) -> Result<(), KeyFileError> {
+/// As [`create`], a secret whose file says `header` of itself.
+pub(crate) fn create_secret(
+    path: &Path,
+    header: &str,
+    secret: &[u8; 32],
+) -> Result<(), KeyFileError> {
     let io = |doing| move |source| KeyFileError::Io { doing, path: path.to_owned(), source };
     let unfinished = path.with_extension("new");
     match std::fs::remove_file(&unfinished) {
@@ -63,7 +77,9 @@ pub(crate) fn create(path: &Path, key: &NodeKey) -> Result<(), KeyFileError> {
         .mode(0o600)
         .open(&unfinished)
         .map_err(io("make"))?;
-    file.write_all(text(key).as_bytes()).and_then(|()| file.sync_all()).map_err(io("write"))?;
+    file.write_all(text(secret, header).as_bytes())
+        .and_then(|()| file.sync_all())
+        .map_err(io("write"))?;
     // A link, unlike a renaming, never replaces a file.
     let linked = std::fs::hard_link(&unfinished, path);
     let _ = std::fs::remove_file(&unfinished);
@@ -73,17 +89,16 @@ pub(crate) fn create(path: &Path, key: &NodeKey) -> Result<(), KeyFileError> {
 }
 
 /// Two lines: what this is, and the secret with a checksum.
-fn text(key: &NodeKey) -> String {
-    let secret = key.secret();
-    let sum = blake3::hash(&secret);
-    format!("{HEADER}\n{}{}\n", HEXLOWER.encode(&secret), HEXLOWER.encode(&sum.as_bytes()[..4]))
+fn text(secret: &[u8; 32], header: &str) -> String {
+    let sum = blake3::hash(secret);
+    format!("{header}\n{}{}\n", HEXLOWER.encode(secret), HEXLOWER.encode(&sum.as_bytes()[..4]))
 }
 
-fn parse(text: &str) -> Option<NodeKey> {
-    let line = text.strip_prefix(HEADER)?.strip_prefix('\n')?.strip_suffix('\n')?;
+fn parse(text: &str, header: &str) -> Option<[u8; 32]> {
+    let line = text.strip_prefix(header)?.strip_prefix('\n')?.strip_suffix('\n')?;
     let bytes: [u8; 36] = HEXLOWER.decode(line.as_bytes()).ok()?.try_into().ok()?;
     let (secret, sum) = bytes.split_first_chunk::<32>()?;
-    (&blake3::hash(secret).as_bytes()[..4] == sum).then(|| NodeKey::from_secret(*secret))
+    (&blake3::hash(secret).as_bytes()[..4] == sum).then_some(*secret)
 }
 
 const HEADER: &str = "grapevine ed25519 secret key 1";

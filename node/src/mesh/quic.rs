@@ -332,6 +332,15 @@ impl Link {
         self.connection.accept_bi().await.map_err(|source| self.lost(source))
     }
 
+    /// Opens a stream to the peer; waits while it allows no more.
+    pub(super) async fn open_data(&self) -> Result<quinn::SendStream, LinkError> {
+        self.connection.open_uni().await.map_err(|source| self.lost(source))
+    }
+
+    pub(super) async fn accept_data(&self) -> Result<quinn::RecvStream, LinkError> {
+        self.connection.accept_uni().await.map_err(|source| self.lost(source))
+    }
+
     pub(super) async fn datagram(&self) -> Result<Bytes, LinkError> {
         self.connection.read_datagram().await.map_err(|source| self.lost(source))
     }
@@ -345,6 +354,7 @@ impl Link {
     /// Lets the peer open streams, once it is admitted.
     pub(super) fn allow_streams(&self, streams: u32) {
         self.connection.set_max_concurrent_bi_streams(VarInt::from_u32(streams));
+        self.connection.set_max_concurrent_uni_streams(VarInt::from_u32(DATA_STREAMS_MAX));
     }
 
     pub(super) fn close(&self, code: u32, reason: &str) {
@@ -400,7 +410,12 @@ fn transport(limits: &MeshLimits) -> TransportConfig {
 
 /// Bytes in flight on a stream and on a connection: 10 Gbit/s at 3 ms, 1 Gbit/s at 30 ms.
 const STREAM_WINDOW_BYTES: u32 = 2 << 20;
-const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
+/// Every data stream may be full and calls still go on: else a transfer whose pages are busy would hold
+/// up the tokens of other requests.
+const CONNECTION_WINDOW_BYTES: u32 = (4 << 20) + DATA_STREAMS_MAX * STREAM_WINDOW_BYTES;
+/// Streams of KV blocks that a peer may have open at once; more wait at the sender. Too small: transfers
+/// queue. Too large: times `STREAM_WINDOW_BYTES` is what a peer can make this node hold.
+const DATA_STREAMS_MAX: u32 = 8;
 /// A few hundred datagrams.
 const DATAGRAM_BUFFER_BYTES: usize = 256 << 10;
 /// Round trip that is assumed before one is measured. Three of it pass before the first packet is sent

@@ -13,8 +13,9 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use protocol::backup::{FETCH, KEEP};
+use protocol::frame::Frame;
 use protocol::membership::{Addresses, MembershipStats};
-use protocol::node_record::{NodeRecord, ReplicaRecord, ReplicaState};
+use protocol::node_record::{NodeRecord, NodeRole, ReplicaRecord, ReplicaState};
 use protocol::records::{Records, RecordsConfig, RecordsInput, RecordsOutput};
 use protocol::{Duration, Instant, Machine, NodeId, RequestId};
 use scheduler::journals::{Journals, JournalsConfig};
@@ -23,10 +24,11 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::answer;
+use super::kv_secret::{self, KV_SECRET};
 use super::members::{MemberLine, Members, MembersError};
 use super::overlay::{Address, Member, OverlayStatus, Path as OverlayPath};
 use super::reach::Reach;
-use super::{Call, Mesh, PeerEvent, Service, random};
+use super::{Call, DataStream, FrameStream, Mesh, PeerEvent, Service, random};
 use crate::http::App;
 use crate::metrics::Sample;
 
@@ -39,6 +41,7 @@ pub struct Roster {
     state: OnceLock<Mutex<State>>,
     /// Copies of other nodes' streams.
     journals: Mutex<Journals>,
+    kv_secret: kv_secret::Kept,
     /// The records' machine has something to do earlier than the task knows.
     wake: Notify,
     stop: CancellationToken,
@@ -100,6 +103,16 @@ struct Known {
     heard: Instant,
 }
 
+/// A replica of another node that answers as one here does.
+#[derive(Clone, Debug)]
+pub(crate) struct ReplicaElsewhere {
+    pub node: NodeId,
+    pub role: NodeRole,
+    pub record: ReplicaRecord,
+    /// Suspected, draining, or not ready.
+    pub avoid: bool,
+}
+
 /// A line of `vine peers`.
 #[derive(Clone, Debug)]
 pub struct PeerLine {
@@ -123,6 +136,7 @@ impl Roster {
             started: OnceLock::new(),
             state: OnceLock::new(),
             journals: Mutex::new(Journals::new(JournalsConfig::default())),
+            kv_secret: kv_secret::Kept::new(),
             wake: Notify::new(),
             stop: CancellationToken::new(),
         })
@@ -232,6 +246,28 @@ impl Roster {
         models.into_values().collect()
     }
 
+    /// Replicas of other nodes with that name and fingerprint.
+    pub(crate) fn replicas_elsewhere(
+        &self,
+        model: &str,
+        fingerprint: &str,
+    ) -> Vec<ReplicaElsewhere> {
+        let (Some(started), Some(_)) = (self.started.get(), self.state.get()) else {
+            return Vec::new();
+        };
+        let suspected = started.members.suspected();
+        let state = self.lock();
+        let of_node = |(&node, known): (&NodeId, &Known)| {
+            let is_it = |r: &&ReplicaRecord| r.model == model && r.fingerprint == fingerprint;
+            let record = known.record.replicas.iter().find(is_it)?.clone();
+            let avoid = suspected.contains(&node)
+                || known.record.draining
+                || record.state != ReplicaState::Ready;
+            Some(ReplicaElsewhere { node, role: known.record.role, record, avoid })
+        };
+        state.nodes.iter().filter_map(of_node).collect()
+    }
+
     /// The replica to ask; see [`Router::choose`].
     pub(crate) fn choose(&self, ask: &Ask<'_>) -> Result<Choice, NoReplica> {
         let Some(started) = self.started.get() else { return Err(NoReplica::UnknownModel) };
@@ -325,6 +361,10 @@ impl Roster {
         samples.extend(super::copies::samples(&self.journals));
         samples.extend(started.mesh.counters().samples());
         samples
+    }
+
+    pub(super) fn kv_secret(&self) -> &kv_secret::Kept {
+        &self.kv_secret
     }
 
     pub(super) fn journals(&self) -> &Mutex<Journals> {
@@ -535,7 +575,24 @@ impl Service for Roster {
         }
     }
 
+    fn kv_control(&self, from: NodeId, ask: Frame, stream: FrameStream) {
+        if let Some(started) = self.started.get() {
+            let kv = started.app.kv.clone();
+            tokio::spawn(async move { kv.asked(from, ask, stream).await });
+        }
+    }
+
+    fn kv_data(&self, from: NodeId, header: Frame, stream: DataStream) {
+        if let Some(started) = self.started.get() {
+            let kv = started.app.kv.clone();
+            tokio::spawn(async move { kv.data(from, header, stream).await });
+        }
+    }
+
     fn call(&self, call: Call) -> Result<BoxFuture<'static, ()>, Box<Call>> {
+        if call.request.method == KV_SECRET {
+            return Ok(Box::pin(kv_secret::answer(self.kv_secret.get().copied(), call)));
+        }
         let Some(started) = self.started.get() else { return Err(call.into()) };
         match call.request.method.as_str() {
             METHOD => {

@@ -12,6 +12,7 @@ use protocol::{MeshId, NodeId};
 use thiserror::Error;
 
 use super::connections::{Connections, Service, blocking};
+use super::frames::{FrameStream, FrameWriter};
 use super::identity::{Clock, Identity, IdentityError, Standing, system_clock};
 use super::limits::{MeshCounters, MeshLimits};
 use super::quic::{Endpoint, Link, LinkError};
@@ -208,6 +209,16 @@ impl Mesh {
     /// Opens a call to a connected member.
     pub async fn open(&self, to: NodeId, request: &Request) -> Result<CallStream, CallError> {
         self.connections.call(to, request).await
+    }
+
+    /// Opens a stream to a connected member for the frames of a KV transfer.
+    pub(crate) async fn open_frames(&self, to: NodeId) -> Result<FrameStream, CallError> {
+        self.connections.open_frames(to).await
+    }
+
+    /// Opens a one-way stream to a connected member for KV blocks.
+    pub(crate) async fn open_data(&self, to: NodeId) -> Result<FrameWriter, CallError> {
+        self.connections.open_data(to).await
     }
 
     /// Calls a connected member and waits for its reply.

@@ -205,6 +205,7 @@ pub fn scripted(control: Arc<Control>) -> Loaded {
         context_tokens_max: CONTEXT,
         fingerprint: "fp_test".to_owned(),
         kv_bytes_per_token: 0,
+        namer: None,
         core: Box::new(Script::new(control)),
     }
 }

@@ -2,6 +2,7 @@
 
 mod byte_tokenizer;
 mod common;
+mod handoff;
 mod http;
 mod real;
 mod tiny_model;

@@ -3,19 +3,12 @@
 //! Who takes blocks here gives every one back: by [`Batcher::release_blocks`], or by leaving them to the pool's cache
 //! once they are attached and released.
 
-use cache::{BlockHash, BlockId, Committed, HashChain, Lookup, TenantSalt};
-use protocol::{SequenceId, TokenId};
+use cache::{BlockHash, BlockId, Committed, Lookup};
+use protocol::SequenceId;
 
 use super::Batcher;
 
 impl Batcher {
-    /// The names of the full blocks of `tokens`, as a sequence of that tenant gets them.
-    pub fn block_names(&self, salt: TenantSalt, tokens: &[TokenId]) -> Vec<BlockHash> {
-        let mut chain = HashChain::new(salt, &self.config.identity, self.config.block_tokens);
-        chain.extend(tokens);
-        chain.hashes().to_vec()
-    }
-
     /// How many of the names, from the first on, are in the pool or being computed by some sequence.
     pub fn blocks_known(&self, names: &[BlockHash]) -> usize {
         names.iter().take_while(|name| self.pool.lookup(name) != Lookup::Absent).count()

@@ -1,0 +1,191 @@
+//! KV blocks from node to node: the shell of [`cache::transfer`].
+//!
+//! ```text
+//!   HTTP handler ── bring ──► Transfers (a task for each model: both machines) ◄── streams (tasks)
+//!                                 │ commands          ▲ answers
+//!                                 ▼                   │
+//!                             replica's thread: pool and pages, between its steps
+//! ```
+//!
+//! A block is copied once on each side: from its page to what the socket sends, and from what the socket received to its
+//! page.
+
+mod counters;
+mod handoff;
+mod pool;
+mod streams;
+mod transfers;
+
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use cache::Namer;
+use cache::transfer::TransferConfig;
+use protocol::NodeId;
+use protocol::frame::{Frame, Kind};
+use protocol::transfer::{self, KvAsk, KvFormat, KvRefusal, KvStream};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+pub(crate) use handoff::Brought;
+pub(crate) use pool::{PoolCommand, PoolEvent, PoolQueue, execute, served};
+
+use crate::mesh::{DataStream, FrameStream, Roster};
+use crate::metrics::Sample;
+use crate::replica::ReplicaHandle;
+use counters::Counters;
+use transfers::{Input, Transfers};
+
+/// The transfers of every model of a node.
+pub(crate) struct KvPlane {
+    counters: Arc<Counters>,
+    /// Whether this node prefills for others.
+    prefills: bool,
+    stop: CancellationToken,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Once the node is in a mesh.
+    roster: Option<Arc<Roster>>,
+    models: Vec<Arc<ModelKv>>,
+}
+
+/// The transfers of one model.
+pub(crate) struct ModelKv {
+    /// The model's name, and what its weights and numerics are called.
+    model: String,
+    fingerprint: String,
+    namer: Namer,
+    format: KvFormat,
+    replica: ReplicaHandle,
+    running: OnceLock<Running>,
+}
+
+struct Running {
+    roster: Arc<Roster>,
+    inputs: mpsc::Sender<Input>,
+}
+
+impl KvPlane {
+    pub fn new(prefills: bool, stop: CancellationToken) -> Arc<KvPlane> {
+        Arc::new(KvPlane { counters: Arc::default(), prefills, stop, state: Mutex::default() })
+    }
+
+    /// The node is in a mesh now.
+    pub fn join(&self, roster: &Arc<Roster>) {
+        let mut state = self.lock();
+        state.roster = Some(roster.clone());
+        for (index, model) in state.models.iter().enumerate() {
+            self.start(index, model, roster);
+        }
+    }
+
+    /// A model that can serve; `None` if it exchanges no blocks.
+    pub fn add(
+        &self,
+        (model, fingerprint): (&str, &str),
+        replica: ReplicaHandle,
+        namer: Option<Namer>,
+    ) -> Option<Arc<ModelKv>> {
+        let (format, namer) = (replica.kv_format()?, namer?);
+        let model = Arc::new(ModelKv {
+            model: model.to_owned(),
+            fingerprint: fingerprint.to_owned(),
+            namer,
+            format,
+            replica,
+            running: OnceLock::new(),
+        });
+        let mut state = self.lock();
+        let index = state.models.len();
+        state.models.push(model.clone());
+        if let Some(roster) = &state.roster {
+            self.start(index, &model, roster);
+        }
+        Some(model)
+    }
+
+    fn start(&self, index: usize, model: &ModelKv, roster: &Arc<Roster>) {
+        let stats = model.replica.stats();
+        let capacity = stats.blocks_free + stats.blocks_cached + stats.blocks_used;
+        let config = TransferConfig {
+            prefills: self.prefills,
+            ..TransferConfig::new(model.format, capacity)
+        };
+        let (inputs, inbox) = mpsc::channel(INPUTS_MAX);
+        let running = Running { roster: roster.clone(), inputs: inputs.clone() };
+        if model.running.set(running).is_err() {
+            return;
+        }
+        let first_attempt = (index as u64) << ATTEMPT_BITS;
+        let told = (self.counters.clone(), inputs);
+        let (replica, roster) = (model.replica.clone(), roster.clone());
+        let transfers = Transfers::new(config, first_attempt, replica, roster, told);
+        tokio::spawn(transfers.run(inbox, self.stop.clone()));
+    }
+
+    /// This node is shutting down: nothing new is begun for others.
+    pub async fn leave(&self) {
+        let models = self.lock().models.clone();
+        for model in models {
+            model.tell(Input::Leave).await;
+        }
+    }
+
+    /// A member asks for blocks.
+    pub async fn asked(&self, peer: NodeId, ask: Frame, mut stream: FrameStream) {
+        let identity = KvAsk::from_frame(&ask).map(|ask| ask.format.identity);
+        let models = self.lock().models.clone();
+        let of_identity = identity
+            .ok()
+            .map(|identity| models.iter().find(|model| model.format.identity == identity).cloned());
+        let refusal = match of_identity {
+            Some(Some(model)) if model.running.get().is_some() => {
+                return model.tell(Input::Asked { peer, ask, stream }).await;
+            }
+            Some(_) => KvRefusal::OtherModel,
+            None => KvRefusal::Protocol,
+        };
+        // It may be gone; it does not wait for more.
+        let frame = Frame::new(Kind::KV_REFUSAL, &refusal);
+        let _ = stream.writer.send(&frame, stream.stream_timeout).await;
+        stream.writer.finish();
+        stream.writer.drained(stream.stream_timeout).await;
+    }
+
+    /// A member sends blocks. A stream that belongs to nothing is stopped.
+    pub async fn data(&self, peer: NodeId, header: Frame, mut data: DataStream) {
+        let model = transfer::value::<KvStream>(&header, Kind::KV_STREAM).ok().and_then(|header| {
+            let index = usize::try_from(header.attempt >> ATTEMPT_BITS).ok()?;
+            self.lock().models.get(index).cloned()
+        });
+        match model {
+            Some(model) => model.tell(Input::DataOpened { peer, header, data }).await,
+            None => data.reader.stop(),
+        }
+    }
+
+    pub fn samples(&self) -> Vec<Sample> {
+        self.counters.samples()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl ModelKv {
+    async fn tell(&self, input: Input) {
+        if let Some(running) = self.running.get() {
+            // Closed only when the node stops, or the replica has ended.
+            let _ = running.inputs.send(input).await;
+        }
+    }
+}
+
+/// Inputs that wait for a model's task; who has more waits. Too small: streams stutter. Too large:
+/// payloads that wait for the replica take memory.
+const INPUTS_MAX: usize = 256;
+/// Attempts of one model, before the numbers of the next begin.
+const ATTEMPT_BITS: u32 = 48;

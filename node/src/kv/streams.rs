@@ -1,0 +1,268 @@
+//! The streams of a transfer: each a task that reads or writes and tells the machines' task.
+//!
+//! They wait for their peer as long as their order is good; the machines keep the time and end them.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use cache::BlockHash;
+use cache::transfer::{AttemptId, BlockDigest, StreamId, TransferId};
+use protocol::NodeId;
+use protocol::frame::{Frame, Kind};
+use protocol::transfer::KvChunk;
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+
+use super::transfers::Input;
+use crate::mesh::{DataStream, FrameReader, FrameStream, FrameWriter, Roster};
+
+/// What the task of a data stream that came in shall do about the chunk that it has announced.
+pub(super) enum DataOrder {
+    /// Read the payloads.
+    Read,
+    /// They are in their pages: read on.
+    Go,
+    /// Read no more.
+    Stop,
+}
+
+/// What the task of a data stream that goes out shall send.
+pub(super) enum SendOrder {
+    Chunk { frame: Frame, names: Vec<BlockHash>, payloads: Vec<Bytes> },
+    Commit { frame: Frame, last: bool },
+}
+
+/// Asks a peer for blocks and hears it until `close` says whether all was well.
+pub(super) async fn ask(
+    roster: Arc<Roster>,
+    (attempt, peer, ask): (AttemptId, NodeId, Frame),
+    mut close: oneshot::Receiver<bool>,
+    inputs: mpsc::Sender<Input>,
+) {
+    let opening = async {
+        roster.connect(peer).await.ok()?;
+        let mut stream = roster.mesh()?.open_frames(peer).await.ok()?;
+        stream.writer.send(&ask, stream.stream_timeout).await.ok()?;
+        Some(stream)
+    };
+    let opened = tokio::select! {
+        opened = opening => opened,
+        _ = &mut close => return,
+    };
+    let Some(FrameStream { mut reader, mut writer, rate, .. }) = opened else {
+        let _ = inputs.send(Input::ControlClosed { attempt }).await;
+        return;
+    };
+    loop {
+        tokio::select! {
+            done = &mut close => {
+                match done {
+                    Ok(true) => writer.finish(),
+                    _ => writer.reset(),
+                }
+                return;
+            }
+            frame = reader.next(&rate) => {
+                let input = match frame {
+                    Ok(Some(frame)) => Input::Control { attempt, frame },
+                    Ok(None) | Err(_) => Input::ControlClosed { attempt },
+                };
+                let is_over = matches!(input, Input::ControlClosed { .. });
+                if inputs.send(input).await.is_err() || is_over {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// Reads a data stream of a peer. After a chunk's announcement it waits for its order.
+pub(super) async fn receive(
+    (stream, block_bytes): (StreamId, usize),
+    data: DataStream,
+    mut orders: mpsc::UnboundedReceiver<DataOrder>,
+    inputs: mpsc::Sender<Input>,
+) {
+    let DataStream { mut reader, rate } = data;
+    loop {
+        let frame = tokio::select! {
+            frame = reader.next(&rate) => frame,
+            _ = orders.recv() => return reader.stop(),
+        };
+        let Ok(Some(frame)) = frame else {
+            let _ = inputs.send(Input::DataClosed { stream }).await;
+            return;
+        };
+        let chunk = KvChunk::from_frame(&frame).ok();
+        let announces = frame.kind == Kind::KV_CHUNK;
+        if inputs.send(Input::Data { stream, frame }).await.is_err() {
+            return reader.stop();
+        }
+        if !announces {
+            continue;
+        }
+        let (Some(DataOrder::Read), Some(chunk)) = (orders.recv().await, chunk) else {
+            return reader.stop();
+        };
+        let payloads = tokio::select! {
+            payloads = read_payloads(&mut reader, chunk.blocks as usize, block_bytes) => payloads,
+            _ = orders.recv() => {
+                reader.stop();
+                let _ = inputs.send(Input::PayloadsLost { stream }).await;
+                return;
+            }
+        };
+        let Some(payloads) = payloads else {
+            let _ = inputs.send(Input::PayloadsLost { stream }).await;
+            let _ = inputs.send(Input::DataClosed { stream }).await;
+            return;
+        };
+        if inputs.send(Input::Payloads { stream, payloads }).await.is_err() {
+            return;
+        }
+        if !matches!(orders.recv().await, Some(DataOrder::Go)) {
+            return reader.stop();
+        }
+    }
+}
+
+async fn read_payloads(
+    reader: &mut FrameReader,
+    blocks: usize,
+    block_bytes: usize,
+) -> Option<Vec<Vec<Bytes>>> {
+    let mut payloads = Vec::with_capacity(blocks);
+    for _ in 0..blocks {
+        payloads.push(reader.payload(block_bytes).await.ok()?);
+    }
+    Some(payloads)
+}
+
+/// Hears the receiver of a transfer on its control stream, and says what the machine wants said.
+pub(super) async fn serve_control(
+    transfer: TransferId,
+    stream: FrameStream,
+    mut frames: mpsc::UnboundedReceiver<Frame>,
+    inputs: mpsc::Sender<Input>,
+) {
+    let FrameStream { mut reader, mut writer, rate, stream_timeout } = stream;
+    let write = async move {
+        while let Some(frame) = frames.recv().await {
+            if writer.send(&frame, stream_timeout).await.is_err() {
+                return;
+            }
+        }
+        // The last word may still be on its way.
+        writer.finish();
+        writer.drained(stream_timeout).await;
+    };
+    let read = async {
+        let finished = loop {
+            match reader.next(&rate).await {
+                Ok(Some(frame)) => {
+                    let input = Input::ServedControl { transfer, frame };
+                    if inputs.send(input).await.is_err() {
+                        return;
+                    }
+                }
+                Ok(None) => break true,
+                Err(_) => break false,
+            }
+        };
+        let _ = inputs.send(Input::ServedClosed { transfer, finished }).await;
+        // Reading ends only with the stream: what is written decides when that is.
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        () = write => {}
+        () = read => {}
+    }
+}
+
+/// Sends the blocks of a transfer. Each chunk is answered, once; `closed` breaks off what is not
+/// finished.
+pub(super) async fn send(
+    roster: Arc<Roster>,
+    (transfer, peer, header): (TransferId, NodeId, Frame),
+    mut orders: mpsc::UnboundedReceiver<SendOrder>,
+    closed: CancellationToken,
+    inputs: mpsc::Sender<Input>,
+) {
+    let opening = async {
+        let mut writer = roster.mesh()?.open_data(peer).await.ok()?;
+        // Tokens of other requests go first.
+        writer.set_priority(PRIORITY);
+        write_frame(&mut writer, &header).await?;
+        Some(writer)
+    };
+    let mut writer = tokio::select! {
+        writer = opening => writer,
+        () = closed.cancelled() => None,
+    };
+    let mut told = false;
+    // After a failure, too, until the machine's task lets go: every chunk has its answer.
+    while let Some(order) = orders.recv().await {
+        let is_chunk = matches!(order, SendOrder::Chunk { .. });
+        let sent = match &mut writer {
+            None => None,
+            Some(writer) => tokio::select! {
+                sent = carry_out(writer, order) => sent,
+                () = closed.cancelled() => None,
+            },
+        };
+        match sent {
+            Some(Some(digests)) => {
+                if inputs.send(Input::Sent { transfer, digests }).await.is_err() {
+                    return;
+                }
+            }
+            Some(None) => {}
+            None => {
+                if let Some(mut writer) = writer.take() {
+                    writer.reset();
+                }
+                if is_chunk {
+                    let _ = inputs.send(Input::SendStopped { transfer }).await;
+                }
+                if !std::mem::replace(&mut told, true) {
+                    let _ = inputs.send(Input::SendClosed { transfer }).await;
+                }
+            }
+        }
+    }
+    // Without effect on a stream that is finished.
+    if let Some(writer) = &mut writer
+        && closed.is_cancelled()
+    {
+        writer.reset();
+    }
+}
+
+/// The digests of a chunk that was sent, or nothing for a commit; `None` if the stream is broken.
+async fn carry_out(writer: &mut FrameWriter, order: SendOrder) -> Option<Option<Vec<BlockDigest>>> {
+    match order {
+        SendOrder::Chunk { frame, names, payloads } => {
+            write_frame(writer, &frame).await?;
+            let mut digests = Vec::with_capacity(payloads.len());
+            for (payload, name) in payloads.into_iter().zip(&names) {
+                digests.push(BlockDigest::of(name, &payload));
+                writer.payload(payload).await.ok()?;
+            }
+            Some(Some(digests))
+        }
+        SendOrder::Commit { frame, last } => {
+            write_frame(writer, &frame).await?;
+            if last {
+                writer.finish();
+            }
+            Some(None)
+        }
+    }
+}
+
+async fn write_frame(writer: &mut FrameWriter, frame: &Frame) -> Option<()> {
+    writer.payload(frame.encode().into()).await.ok()
+}
+
+/// Of blocks against everything else on a connection.
+const PRIORITY: i32 = -1;

@@ -1,0 +1,156 @@
+//! Two nodes of a mesh with the same model: one prefills, the other decodes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use engine::model::Architecture;
+use node::mesh::{Mesh, MeshOptions, Roster};
+use node::{Loaded, ModelOptions, Node, NodeOptions};
+use protocol::identity::Roles;
+use protocol::node_record::{NodeRole, ReplicaState};
+use serde_json::{Value, json};
+
+use crate::common::*;
+use crate::tiny_model::load;
+
+struct Member {
+    node: Node,
+    mesh: Mesh,
+    roster: Arc<Roster>,
+    _data: tempfile::TempDir,
+}
+
+async fn member(role: NodeRole, other: Option<&Member>) -> Member {
+    let data = tempfile::tempdir().unwrap();
+    let roster = Roster::new();
+    let token = other.map(|other| {
+        let seeds = vec![other.mesh.address()];
+        other.mesh.identity().invite((Roles::ALL, 1, 3600), seeds).unwrap()
+    });
+    let service = roster.clone();
+    let options = MeshOptions { service, token, ..MeshOptions::new(data.path(), loopback()) };
+    let mesh = Mesh::start(options).await.unwrap();
+    let loader = Box::new(|_: &dyn Fn(f32, &'static str)| {
+        let (replica, template, hidden) = load(Architecture::Llama);
+        Ok(Loaded::new(replica, template, hidden, "fp_tiny".to_owned()))
+    });
+    let mut options =
+        NodeOptions::new(loopback(), vec![ModelOptions { id: "m".to_owned(), loader }]);
+    options.role = role;
+    let node = node::serve(options).await.unwrap();
+    node.join(mesh.clone(), roster.clone(), data.path()).unwrap();
+    node.ready().await.unwrap();
+    Member { node, mesh, roster, _data: data }
+}
+
+/// A prefiller and a decoder that know of each other.
+async fn pair() -> (Member, Member) {
+    let prefiller = member(NodeRole::Prefill, None).await;
+    let decoder = member(NodeRole::Both, Some(&prefiller)).await;
+    for _ in 0..500 {
+        let ready = decoder.roster.peers().await.iter().any(|peer| {
+            let record = peer.record.as_ref();
+            let ready = |r: &protocol::node_record::ReplicaRecord| r.state == ReplicaState::Ready;
+            !peer.own && record.is_some_and(|r| r.replicas.iter().any(ready))
+        });
+        if ready {
+            return (prefiller, decoder);
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    panic!("the nodes did not hear of each other");
+}
+
+async fn alone() -> Node {
+    let loader = Box::new(|_: &dyn Fn(f32, &'static str)| {
+        let (replica, template, hidden) = load(Architecture::Llama);
+        Ok(Loaded::new(replica, template, hidden, "fp_tiny".to_owned()))
+    });
+    start(NodeOptions::new(loopback(), vec![ModelOptions { id: "m".to_owned(), loader }])).await
+}
+
+fn ask(number: usize, extra: Value) -> Value {
+    let prompt = format!("{number}: ") + &"a vine and a wall ".repeat(9);
+    merged(json!({"model": "m", "prompt": prompt, "temperature": 0, "max_tokens": 20}), extra)
+}
+
+async fn metric(node: &Node, line: &str) -> f64 {
+    let text = get(node, "/metrics").await.body;
+    let value = text.lines().find_map(|l| l.strip_prefix(line)?.trim().parse().ok());
+    value.unwrap_or_else(|| panic!("no {line} in {text}"))
+}
+
+/// Waits until no block of the node is used.
+async fn settled(node: &Node) {
+    for _ in 0..500 {
+        let text = get(node, "/metrics").await.body;
+        let used =
+            text.lines().find(|l| l.starts_with("grapevine_kv_blocks{") && l.contains("used"));
+        if used.is_some_and(|line| line.ends_with(" 0")) {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("blocks are left over: {}", get(node, "/metrics").await.body);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_prefill_elsewhere_changes_no_answer() {
+    let alone = alone().await;
+    let (prefiller, decoder) = pair().await;
+    let extras = [
+        json!({}),
+        json!({"n": 2, "temperature": 1.1, "seed": 5}),
+        json!({"logprobs": 3}),
+        json!({"stop": ["q"], "temperature": 0.9, "seed": 6}),
+    ];
+    for (number, extra) in extras.into_iter().enumerate() {
+        let body = ask(number, extra);
+        let undisturbed = post(&alone, "/v1/completions", &body).await.json();
+        let answer = post(&decoder.node, "/v1/completions", &body).await.json();
+        assert_eq!(answer["choices"], undisturbed["choices"]);
+        let cached = &answer["usage"]["prompt_tokens_details"]["cached_tokens"];
+        let prompt = answer["usage"]["prompt_tokens"].as_u64().unwrap();
+        assert_eq!(cached.as_u64(), Some((prompt - 1) / 16 * 16), "{answer}");
+    }
+    let complete = "grapevine_kv_hand_offs_total{outcome=\"complete\"}";
+    assert_eq!(metric(&decoder.node, complete).await, 4.0);
+    let served = "grapevine_kv_transfers_served_total{outcome=\"complete\"}";
+    assert_eq!(metric(&prefiller.node, served).await, 4.0);
+    settled(&prefiller.node).await;
+    settled(&decoder.node).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_its_prefiller_a_node_computes_the_prompt() {
+    let alone = alone().await;
+    let (prefiller, decoder) = pair().await;
+    let Member { node, mesh, .. } = prefiller;
+    // Gone without a word: nobody answers at its address.
+    mesh.shutdown().await;
+    let body = ask(1, json!({}));
+    let undisturbed = post(&alone, "/v1/completions", &body).await.json();
+    let answer = post(&decoder.node, "/v1/completions", &body).await;
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    assert_eq!(answer.json()["choices"], undisturbed["choices"]);
+    settled(&decoder.node).await;
+    drop(node);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_that_leave_leave_nothing() {
+    let (prefiller, decoder) = pair().await;
+    let leaving = (0..40).map(|number| {
+        let body = ask(number, json!({"stream": true}));
+        let node = &decoder.node;
+        async move {
+            let asked = post(node, "/v1/completions", &body);
+            let _ = tokio::time::timeout(Duration::from_millis(number as u64), asked).await;
+        }
+    });
+    futures_util::future::join_all(leaving).await;
+    settled(&decoder.node).await;
+    settled(&prefiller.node).await;
+    let answer = post(&decoder.node, "/v1/completions", &ask(99, json!({}))).await;
+    assert_eq!(answer.status, 200, "{}", answer.body);
+}
