@@ -80,6 +80,7 @@ pub async fn serve(options: NodeOptions) -> Result<Node, ServeError> {
     let stop = CancellationToken::new();
     let kv = KvPlane::new(options.role != NodeRole::Decode, stop.clone());
     let app = Arc::new(App {
+        listen: address,
         registry: registry.clone(),
         kv: kv.clone(),
         metrics: metrics.clone(),

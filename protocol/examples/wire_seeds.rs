@@ -198,6 +198,7 @@ fn records() -> Vec<Vec<u8>> {
         name: "host".to_owned(),
         version: "0.1.0".to_owned(),
         overlay: vec!["192.0.2.1:1".parse().expect("v4"), "[2001:db8::1]:2".parse().expect("v6")],
+        api: vec!["192.0.2.1:3".parse().expect("v4")],
         memory_bytes_per_s: 1 << 40,
         int8_ops_per_s: 1,
         draining: replicas == 1,

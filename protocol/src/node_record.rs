@@ -18,6 +18,8 @@ pub struct NodeRecord {
     pub version: String,
     /// Where the overlay listens; the data plane's addresses belong to membership.
     pub overlay: Vec<SocketAddr>,
+    /// Where the API is, the likeliest address first. Loopback addresses are of use on its host only.
+    pub api: Vec<SocketAddr>,
     /// Memory bandwidth, bytes per second; 0 if not measured.
     pub memory_bytes_per_s: u64,
     /// Eight-bit integer operations per second; 0 if not measured.
@@ -97,6 +99,7 @@ impl NodeRecord {
         cut(&mut record.name, NAME_BYTES_MAX);
         cut(&mut record.version, VERSION_BYTES_MAX);
         record.overlay.truncate(OVERLAY_ADDRESSES_MAX);
+        record.api.truncate(API_ADDRESSES_MAX);
         for replica in &mut record.replicas {
             cut(&mut replica.fingerprint, FINGERPRINT_BYTES_MAX);
         }
@@ -126,6 +129,7 @@ impl NodeRecord {
             ("name", record.name.len(), NAME_BYTES_MAX),
             ("version", record.version.len(), VERSION_BYTES_MAX),
             ("overlay", record.overlay.len(), OVERLAY_ADDRESSES_MAX),
+            ("api", record.api.len(), API_ADDRESSES_MAX),
             ("replicas", replicas.len(), REPLICAS_MAX),
             ("model", longest(replicas, |r| &r.model), MODEL_BYTES_MAX),
             ("fingerprint", longest(replicas, |r| &r.fingerprint), FINGERPRINT_BYTES_MAX),
@@ -165,6 +169,7 @@ pub const REPLICAS_MAX: usize = 32;
 pub const NAME_BYTES_MAX: usize = 64;
 pub const VERSION_BYTES_MAX: usize = 32;
 pub const OVERLAY_ADDRESSES_MAX: usize = 8;
+pub const API_ADDRESSES_MAX: usize = 8;
 /// Replicas with a longer model name are known only to their own node.
 pub const MODEL_BYTES_MAX: usize = 128;
 pub const FINGERPRINT_BYTES_MAX: usize = 64;
@@ -200,6 +205,7 @@ mod tests {
             name: "ada".to_owned(),
             version: "0.1.0".to_owned(),
             overlay: vec!["127.0.0.1:8422".parse().unwrap()],
+            api: vec!["10.0.0.1:8420".parse().unwrap()],
             memory_bytes_per_s: 30_000_000_000,
             int8_ops_per_s: 0,
             draining: false,
@@ -207,7 +213,8 @@ mod tests {
             replicas: vec![replica("demo")],
         };
         let (bytes, left_out) = record.to_bytes();
-        let expect = "03616461 05302e312e30 0100 7f000001 fbe620 fd00ac23fc06000000 00 00 \
+        let expect = "03616461 05302e312e30 0100 7f000001 fbe620 0100 0a000001 fbe420 \
+                      fd00ac23fc06000000 00 00 \
                       02 01 0464656d6f 0166 01 fc00f15365 fb0004 01 02 03 04 05 06 07 08";
         let hex: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
         assert_eq!((hex, left_out), (expect.split_whitespace().collect(), 0));
@@ -236,6 +243,11 @@ mod tests {
         let long = NodeRecord { name: "n".repeat(65), ..NodeRecord::default() };
         let error = NodeRecord::from_bytes(&wire::encode(&long)).unwrap_err();
         assert_eq!(error, RecordError::Field { what: "name", len: 65, max: 64 });
+        let api = vec!["10.0.0.1:1".parse().unwrap(); 9];
+        let many = NodeRecord { api, ..NodeRecord::default() };
+        let error = NodeRecord::from_bytes(&wire::encode(&many)).unwrap_err();
+        assert_eq!(error, RecordError::Field { what: "api", len: 9, max: 8 });
+        assert_eq!(NodeRecord::from_bytes(&many.to_bytes().0).unwrap().api.len(), 8);
         let error = NodeRecord::from_bytes(&[0; RECORD_BYTES_MAX + 1]).unwrap_err();
         assert_eq!(error, RecordError::TooLong { bytes: RECORD_BYTES_MAX + 1 });
         // Every change of a byte is a record or an error.

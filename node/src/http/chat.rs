@@ -24,15 +24,15 @@ use serde_json::Value;
 use super::error::Failure;
 use super::generation::{Generation, Update};
 use super::guard::Caller;
-use super::openapi::{Refusals, TimeoutHeader};
+use super::openapi::{LastEventHeader, Refusals, TimeoutHeader};
 use super::sse::{self, Chunks, Frames};
 use super::{App, body, params, tools};
 use crate::model::Model;
 use crate::replica::Work;
 
 /// Answers a chat.
-#[utoipa::path(post, path = "/v1/chat/completions", tag = "inference", params(TimeoutHeader),
-    request_body = ChatRequest,
+#[utoipa::path(post, path = "/v1/chat/completions", tag = "inference",
+    params(TimeoutHeader, LastEventHeader), request_body = ChatRequest,
     responses(
         (status = 200, description = "choices; with `stream`, events", content(
             (ChatCompletion = "application/json"), (ChatChunk = "text/event-stream"))),

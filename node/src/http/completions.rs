@@ -19,7 +19,7 @@ use protocol::api::{
 use super::error::Failure;
 use super::generation::{self, Generation, Update};
 use super::guard::Caller;
-use super::openapi::{Refusals, TimeoutHeader};
+use super::openapi::{LastEventHeader, Refusals, TimeoutHeader};
 use super::sse::{self, Chunks, Frames};
 use super::{App, body, embeddings, params};
 use crate::ids;
@@ -27,8 +27,8 @@ use crate::model::Model;
 use crate::replica::Work;
 
 /// Continues each prompt.
-#[utoipa::path(post, path = "/v1/completions", tag = "inference", params(TimeoutHeader),
-    request_body = CompletionRequest,
+#[utoipa::path(post, path = "/v1/completions", tag = "inference",
+    params(TimeoutHeader, LastEventHeader), request_body = CompletionRequest,
     responses(
         (status = 200, description = "choices; with `stream`, events", content(
             (Completion = "application/json"), (Completion = "text/event-stream"))),

@@ -470,7 +470,7 @@ fn text(headers: &HeaderMap, name: &str) -> Option<String> {
 }
 
 /// How a client says which event of a stream it has seen last (WHATWG HTML, section 9.2).
-const LAST_EVENT_ID: &str = "last-event-id";
+pub(super) const LAST_EVENT_ID: &str = "last-event-id";
 /// Nodes that are asked for one request.
 const ATTEMPTS_MAX: usize = 3;
 /// A guess, for the router only: English has about four bytes to a token, JSON around it.

@@ -23,6 +23,7 @@ mod sse;
 mod system;
 mod tools;
 
+use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -59,6 +60,8 @@ use error::Failure;
 
 /// What every handler sees.
 pub(crate) struct App {
+    /// Where the API listens.
+    pub listen: SocketAddr,
     pub registry: Arc<Registry>,
     /// KV blocks from and to other nodes.
     pub kv: Arc<KvPlane>,
@@ -132,6 +135,7 @@ pub(crate) fn router(app: Arc<App>, control: Option<ControlRoutes>) -> Router {
         .route_layer(forward)
         .route("/v1/models", get(system::models))
         .route("/v1/models/{*id}", get(system::model))
+        .route("/v1/endpoints", get(system::endpoints))
         .route("/healthz", get(system::healthz))
         .route("/readyz", get(system::readyz))
         .route("/metrics", get(system::metrics))

@@ -10,6 +10,7 @@ use utoipa::openapi::path::{Parameter, ParameterBuilder, ParameterIn};
 use utoipa::openapi::{ObjectBuilder, Ref, RefOr, Required, ResponseBuilder, Type};
 use utoipa::{OpenApi, ToSchema};
 
+use super::forward::LAST_EVENT_ID;
 use super::guard::TIMEOUT_HEADER;
 
 #[derive(OpenApi)]
@@ -26,6 +27,7 @@ use super::guard::TIMEOUT_HEADER;
         super::embeddings::embeddings,
         super::system::models,
         super::system::model,
+        super::system::endpoints,
         super::system::healthz,
         super::system::readyz,
         super::system::metrics,
@@ -60,6 +62,24 @@ impl utoipa::IntoParams for TimeoutHeader {
         let description = "milliseconds that the request may take, at most what the node allows";
         let header = ParameterBuilder::new()
             .name(TIMEOUT_HEADER)
+            .parameter_in(ParameterIn::Header)
+            .required(Required::False)
+            .description(Some(description))
+            .schema(Some(schema));
+        vec![header.build()]
+    }
+}
+
+/// The header by which a client comes back to a stream.
+pub(super) struct LastEventHeader;
+
+impl utoipa::IntoParams for LastEventHeader {
+    fn into_params(_: impl Fn() -> Option<ParameterIn>) -> Vec<Parameter> {
+        let schema = ObjectBuilder::new().schema_type(Type::String).build();
+        let description = "the id of the last event that came of a stream whose connection broke: the \
+                           answer goes on with the next one";
+        let header = ParameterBuilder::new()
+            .name(LAST_EVENT_ID)
             .parameter_in(ParameterIn::Header)
             .required(Required::False)
             .description(Some(description))

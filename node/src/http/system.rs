@@ -5,13 +5,16 @@ use std::sync::Arc;
 use axum::extract::{Path, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use protocol::api::{ApiError, ErrorBody, ErrorCode, ModelInfo, ModelList};
+use protocol::api::{
+    ApiError, EndpointInfo, EndpointList, ErrorBody, ErrorCode, ModelInfo, ModelList,
+};
 use protocol::node_record::ReplicaRecord;
 use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::App;
 use super::error::Failure;
+use crate::mesh::Api;
 use crate::registry::ModelReadiness;
 
 /// The answer of `/readyz`.
@@ -101,6 +104,30 @@ pub(crate) async fn model(
         Some(info) => Ok(axum::Json(info).into_response()),
         None => Err(Failure(app.registry.not_found(&id))),
     }
+}
+
+/// Where else the API is: the nodes of the mesh that take requests, this one first.
+///
+/// Loopback addresses of other nodes are listed only where this node listens on loopback, too, and runs on
+/// the same host. Nodes that drain or are suspected are left out.
+#[utoipa::path(get, path = "/v1/endpoints", tag = "system", responses(
+    (status = 200, description = "base URLs by node", body = EndpointList),
+    (status = 401, description = "no valid key", body = ErrorBody),
+))]
+pub(crate) async fn endpoints(State(app): State<Arc<App>>) -> Response {
+    let apis = match app.roster.get() {
+        Some(roster) => roster.apis(),
+        None => vec![Api::alone(app.listen)],
+    };
+    let info = |api: Api| EndpointInfo {
+        object: "endpoint".to_owned(),
+        node: api.node.map(|node| node.to_string()),
+        name: api.name,
+        urls: api.at.iter().map(|at| format!("http://{at}/v1")).collect(),
+    };
+    let data = apis.into_iter().filter(|api| !api.at.is_empty()).map(info).collect();
+    let node = app.roster.get().and_then(|roster| Some(roster.mesh()?.node().to_string()));
+    axum::Json(EndpointList { object: "list".to_owned(), node, data }).into_response()
 }
 
 fn model_info(replica: ReplicaRecord) -> ModelInfo {

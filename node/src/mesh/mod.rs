@@ -6,6 +6,7 @@
 //! calls of members to a [`Service`]. What is true about identity is decided in `protocol::identity`.
 
 mod answer;
+mod apis;
 mod connections;
 mod control;
 mod copies;
@@ -28,6 +29,7 @@ mod tls;
 mod udp;
 mod upkeep;
 
+pub(crate) use apis::Api;
 pub use connections::{CloseCode, PeerEvent, Service};
 pub use control::{CONTROL_SOCKET, ControlRoutes, ControlServer};
 pub(crate) use copies::{Copy, SharedJournal};

@@ -24,6 +24,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::answer;
+use super::apis::{self, Api};
 use super::kv_secret::{self, KV_SECRET};
 use super::members::{MemberLine, Members, MembersError};
 use super::overlay::{Address, Member, OverlayStatus, Path as OverlayPath};
@@ -266,6 +267,27 @@ impl Roster {
             Some(ReplicaElsewhere { node, role: known.record.role, record, avoid })
         };
         state.nodes.iter().filter_map(of_node).collect()
+    }
+
+    /// Where clients can turn to, this node first: members that are well and take requests.
+    pub(crate) fn apis(&self) -> Vec<Api> {
+        let (Some(started), Some(_)) = (self.started.get(), self.state.get()) else {
+            return Vec::new();
+        };
+        let (own, ours) = (started.mesh.node(), &started.mesh.contact().addresses);
+        let record = self.own_record(started);
+        let suspected = started.members.suspected();
+        let state = self.lock();
+        let others = state.nodes.iter().filter(|(node, _)| !suspected.contains(node));
+        let other = |(&node, known): (&NodeId, &Known)| {
+            let theirs = state.addresses.get(&node).map_or(&[][..], Vec::as_slice);
+            let near = apis::is_loopback(&record.api) && apis::same_host(ours, theirs);
+            let at = apis::worth_telling(&known.record.api, near);
+            (known.record.draining, Api { node: Some(node), name: known.record.name.clone(), at })
+        };
+        let here = Api { node: Some(own), name: record.name.clone(), at: record.api.clone() };
+        let all = std::iter::once((record.draining, here)).chain(others.map(other));
+        all.filter(|(draining, _)| !draining).map(|(_, api)| api).take(apis::APIS_MAX).collect()
     }
 
     /// The replica to ask; see [`Router::choose`].
@@ -539,6 +561,7 @@ impl Roster {
             name: started.name.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             overlay: started.reach.as_ref().map_or_else(Vec::new, |reach| reach.external()),
+            api: apis::told(started.app.listen, &started.mesh.contact().addresses),
             memory_bytes_per_s: measured.memory_bytes_per_s,
             int8_ops_per_s: measured.int8_ops_per_s,
             draining: started.app.drain.is_cancelled(),
@@ -632,7 +655,7 @@ fn first_bytes(fingerprint: &str) -> u64 {
 }
 
 /// The host's name, for people.
-fn host_name() -> String {
+pub(super) fn host_name() -> String {
     let name = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
     name.unwrap_or_default()
 }

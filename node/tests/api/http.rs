@@ -470,6 +470,16 @@ async fn a_full_queue_says_when_to_come_back() {
 }
 
 #[tokio::test]
+async fn a_node_without_a_mesh_lists_itself() {
+    let node = start(options(&Arc::default())).await;
+    let list = get(&node, "/v1/endpoints").await.json();
+    let urls = json!([format!("http://{}/v1", node.address())]);
+    assert_eq!(list["data"].as_array().unwrap().len(), 1, "{list}");
+    assert_eq!((&list["object"], &list["data"][0]["urls"]), (&json!("list"), &urls));
+    assert!(list["data"][0].get("node").is_none(), "{list}");
+}
+
+#[tokio::test]
 async fn keys_and_tenants() {
     let keys = ApiKeys::parse("ann:sk-0123456789:acme").unwrap();
     let node = start(NodeOptions { keys, ..options(&Arc::default()) }).await;
@@ -478,6 +488,7 @@ async fn keys_and_tenants() {
         ("/readyz", "", 200),
         ("/openapi.json", "", 200),
         ("/v1/models", "", 401),
+        ("/v1/endpoints", "", 401),
         ("/metrics", "", 401),
         ("/nothing", "", 401),
         ("/v1/models", "authorization: Bearer sk-0123456789\r\n", 200),

@@ -1,6 +1,7 @@
 //! The command line against real processes.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
@@ -56,6 +57,20 @@ fn remote(url: &str, key: &str) -> Result<Value, String> {
     }
 }
 
+/// Where the API is, as the node at `url` says.
+fn endpoints(url: &str) -> Vec<String> {
+    let address = url.strip_prefix("http://").unwrap();
+    let mut stream = TcpStream::connect(address).unwrap();
+    let head = "GET /v1/endpoints HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n";
+    stream.write_all(head.as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let body = answer.split_once("\r\n\r\n").expect(&answer).1;
+    let list: Value = serde_json::from_str(body).expect(&answer);
+    let nodes = list["data"].as_array().expect(&answer);
+    nodes.iter().map(|node| node["urls"][0].as_str().expect(&answer).to_owned()).collect()
+}
+
 #[test]
 fn invite_join_revoke_leave() {
     let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -82,6 +97,17 @@ fn invite_join_revoke_leave() {
     let authority = vine(&["authority"], b.path()).unwrap();
     assert_eq!(authority["root_key_here"], false);
     assert!(authority["nodes"].as_array().is_some_and(|n| !n.is_empty()), "{authority}");
+    // Both listen on loopback and are on one host: each tells its clients of the other.
+    for (asked, other) in [(&first, &second), (&second, &first)] {
+        let expect = [&asked.1, &other.1].map(|url| format!("{url}/v1"));
+        let mut told = Vec::new();
+        let known = (0..600).any(|_| {
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            told = endpoints(&asked.1);
+            told == expect
+        });
+        assert!(known, "not within 30 s: {told:?} instead of {expect:?}");
+    }
     // The overlay of both runs on their ports, and the two find each other there, too.
     let overlay = (0..600).find_map(|_| {
         std::thread::sleep(std::time::Duration::from_millis(50));
@@ -98,6 +124,7 @@ fn invite_join_revoke_leave() {
     assert_eq!(left["left"], token["mesh"]);
     let mut second = second;
     assert!(second.0.wait().unwrap().success(), "the node stops by itself");
+    assert_eq!(endpoints(&first.1), [format!("{}/v1", first.1)]);
     let revoked = vine(&["revoke", left["node"].as_str().unwrap()], a.path()).unwrap();
     assert_eq!(revoked["revoked"], true);
 }

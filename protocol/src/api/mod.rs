@@ -10,6 +10,7 @@ mod chat;
 mod choice;
 mod completion;
 mod embedding;
+mod endpoint;
 mod error;
 mod input;
 mod message;
@@ -27,6 +28,7 @@ pub use completion::{Completion, CompletionChoice, CompletionLogprobs, Completio
 pub use embedding::{
     Embedding, EmbeddingData, EmbeddingList, EmbeddingRequest, EmbeddingUsage, EncodingFormat,
 };
+pub use endpoint::{EndpointInfo, EndpointList};
 pub use error::{ApiError, ErrorBody, ErrorCode, ErrorDetail};
 pub use input::{Input, Stop};
 pub use message::{Content, ContentPart, Message, Role};
