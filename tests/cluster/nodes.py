@@ -62,9 +62,11 @@ class Node:
     """One `vine up`: its data directory, its process, its log."""
 
     def __init__(self, vine: str, root: str, name: str, *, model: bool = False, host: str = "127.0.0.1",
-                 port: int = 0, netns: str | None = None, data: str | None = None, env: dict | None = None):
+                 port: int = 0, netns: str | None = None, data: str | None = None, env: dict | None = None,
+                 options: list[str] | None = None):
         self.program, self.name, self.model = vine, name, model
         self.host, self.port, self.netns, self.env = host, port, netns, env or {}
+        self.options = options or []
         self.data = data or os.path.join(root, name)
         self.log, self.starts = os.path.join(root, f"{name}.log"), 0
         self.log_from = 0
@@ -77,6 +79,7 @@ class Node:
         command += [self.program, "up", "--api", "127.0.0.1:0", "--mesh", f"{self.host}:{self.port}"]
         command += ["--data", self.data, "--threads", "1"]
         command += ["--model", "demo"] if self.model else []
+        command += self.options
         command += ["--join", token] if token else []
         self.url, self.api = None, None
         with open(self.log, "a") as log:
