@@ -5,6 +5,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use protocol::backup::{Begin, Fetch, Fetched, Keep};
+use protocol::directory::{
+    Events, Found, Heard, Holder, News, Part, Piece, Query, Report, ShortName, Sum,
+};
 use protocol::forward::{Endpoint, Forward, ForwardReply};
 use protocol::frame::{Frame, Kind};
 use protocol::identity::greeting::{Greeting, GreetingInput, GreetingOutput};
@@ -39,7 +42,8 @@ fn main() -> std::io::Result<()> {
     put(&corpus, "records", &records())?;
     put(&corpus, "forward", &heads())?;
     put(&corpus, "transfer", &transfers())?;
-    put(&corpus, "journal", &journals())
+    put(&corpus, "journal", &journals())?;
+    put(&corpus, "directory", &directory())
 }
 
 fn put(corpus: &Path, target: &str, seeds: &[Vec<u8>]) -> std::io::Result<()> {
@@ -305,5 +309,28 @@ fn journals() -> Vec<Vec<u8>> {
         keep.to_bytes(),
         Fetch { tenant, request, from: 3 }.to_bytes(),
         Fetched { begin: Some(begin), entries, total: 4 }.to_bytes(),
+    ]
+}
+
+fn directory() -> Vec<Vec<u8>> {
+    let name = |n: u64| ShortName::from_number(n << 60);
+    let names: Vec<ShortName> = (1..4).map(name).collect();
+    let mut events = Events::default();
+    (1..12).for_each(|n| events.push(name(n), n % 3 == 0));
+    let part = Part::of([7; 32], 4, name(9));
+    let piece = Some(Piece { first: name(1), last: name(5), names: names.clone() });
+    let sum = Some(Sum { names: 300, xor: u64::MAX / 3 });
+    let news = News::Blocks { first: 70_000, events, piece, sum };
+    let holders = vec![
+        Holder { node: NodeId([8; 32]), blocks: 300 },
+        Holder { node: NodeId([9; 32]), blocks: 2 },
+    ];
+    vec![
+        Report { part, epoch: u64::MAX / 7, news }.to_bytes(),
+        Report { part, epoch: 1, news: News::Gone }.to_bytes(),
+        Heard::Known { next: 70_011, missing: Some(name(6)) }.to_bytes(),
+        Heard::Busy { retry_ms: 200 }.to_bytes(),
+        Query { part, names, holders_max: 16 }.to_bytes(),
+        Found { nodes: 3, holders }.to_bytes(),
     ]
 }
