@@ -1,5 +1,11 @@
 //! The router: tables of one decision, then runs of many.
 
+mod cost;
+mod decisions;
+mod prefill;
+
+use std::collections::BTreeMap;
+
 use protocol::{Duration, Instant, NodeId, RequestId};
 use scheduler::router::{Ask, NoReplica, Outcome, ReplicaLoad, Router, RouterConfig, Unavailable};
 
@@ -14,16 +20,33 @@ fn at(ms: u64) -> Instant {
 }
 
 fn load(running: u32, prompt_tokens: u64, prefill_rate: u32) -> ReplicaLoad {
-    ReplicaLoad { ready: true, running, waiting: 0, prompt_tokens, prefill_rate, weights: 7 }
+    let base = ReplicaLoad { ready: true, weights: 7, ..ReplicaLoad::default() };
+    ReplicaLoad { running, prompt_tokens, prefill_rate, ..base }
 }
 
+/// Nobody has anything cached.
+static NO_OVERLAP: BTreeMap<NodeId, u64> = BTreeMap::new();
+
 fn ask(request: u128) -> Ask<'static> {
-    let (request, excluded, suspected) = (RequestId(request), &[][..], &[][..]);
-    Ask { request, model: "m", prompt_tokens: 100, excluded, suspected, weights: None }
+    Ask {
+        request: RequestId(request),
+        model: "m",
+        prompt_tokens: 100,
+        output_tokens: 100,
+        overlap_tokens: &NO_OVERLAP,
+        excluded: &[],
+        suspected: &[],
+        weights: None,
+    }
+}
+
+/// Nothing is tried out: each choice is the cheapest.
+fn config() -> RouterConfig {
+    RouterConfig { explore_permille: 0, ..RouterConfig::default() }
 }
 
 fn router(loads: &[(u8, ReplicaLoad)]) -> Router {
-    let mut router = Router::new(OWN, RouterConfig::default());
+    let mut router = Router::new(OWN, config());
     for (n, load) in loads {
         router.report(at(0), node(*n), [("m".to_owned(), *load)]);
     }
@@ -223,8 +246,7 @@ fn this_node_is_never_broken() {
 #[test]
 fn stale_reports_do_not_herd() {
     const RATES: [u32; 4] = [1000, 1000, 2000, 4000];
-    let mut routers: Vec<Router> =
-        (0..4).map(|n| Router::new(node(n), RouterConfig::default())).collect();
+    let mut routers: Vec<Router> = (0..4).map(|n| Router::new(node(n), config())).collect();
     // Prompt tokens that each node still has to compute.
     let mut backlog = [0.0f64; 4];
     let (mut history, mut worst): (Vec<[f64; 4]>, f64) = (Vec::new(), 0.0);
@@ -249,7 +271,7 @@ fn stale_reports_do_not_herd() {
         }
         // Together 0.9 of what the nodes can do: 72 tokens a tick, from one router after another.
         let request = u128::from(tick).wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c834);
-        let ask = Ask { prompt_tokens: 72, ..ask(request) };
+        let ask = Ask { prompt_tokens: 72, output_tokens: 16, ..ask(request) };
         let router = &mut routers[(tick % 4) as usize];
         let choice = router.choose(now, &ask).unwrap();
         backlog[usize::from(choice.node.0[0])] += 72.0;

@@ -1,0 +1,145 @@
+//! What an answer costs, in microseconds of waiting: the one model behind both decisions, which replica
+//! decodes and where the keys and values of its prompt come from.
+//!
+//! ```text
+//! ttft  = queue + kv + prefill + hop          of the cheapest way to the prompt's keys and values
+//! score = ttft + decode_weight * added gaps
+//! ```
+//!
+//! Sums of measured rates, nothing learned: each part can be looked at and disputed.
+
+use protocol::{Duration, NodeId};
+
+use super::RouterConfig;
+use super::links::LinkFigures;
+
+/// Where the keys and values of a prompt come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvPath {
+    /// The replica computes all of them.
+    Recompute,
+    /// It has the beginning of the prompt in its cache, and computes the rest.
+    Local,
+    /// It fetches the beginning from a peer's cache, and computes the rest.
+    Fetch { from: NodeId },
+    /// A peer computes what is missing.
+    Remote { by: NodeId },
+}
+
+impl KvPath {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            KvPath::Recompute => "recompute",
+            KvPath::Local => "local",
+            KvPath::Fetch { .. } => "fetch",
+            KvPath::Remote { .. } => "remote",
+        }
+    }
+
+    /// The peer that has a part in it.
+    pub const fn peer(self) -> Option<NodeId> {
+        match self {
+            KvPath::Recompute | KvPath::Local => None,
+            KvPath::Fetch { from } => Some(from),
+            KvPath::Remote { by } => Some(by),
+        }
+    }
+}
+
+/// The parts of an estimate, in microseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CostParts {
+    pub path: KvPath,
+    /// Prompts that are computed before, where this one is.
+    pub queue_us: u64,
+    /// Keys and values on their way, as far as nothing else happens meanwhile.
+    pub kv_us: u64,
+    /// Computing what no cache has.
+    pub prefill_us: u64,
+    /// To the node and back.
+    pub hop_us: u64,
+    /// What the answer's own gaps and those that it adds to its neighbours' weigh.
+    pub decode_us: u64,
+}
+
+impl CostParts {
+    /// Until the first token.
+    pub fn ttft_us(&self) -> u64 {
+        self.queue_us
+            .saturating_add(self.kv_us)
+            .saturating_add(self.prefill_us)
+            .saturating_add(self.hop_us)
+    }
+
+    /// All of it; lower is better.
+    pub fn score_us(&self) -> u64 {
+        self.ttft_us().saturating_add(self.decode_us)
+    }
+}
+
+/// Time to compute prompt tokens at so many a second; 0 is a rate that nobody has measured.
+pub(super) fn compute_us(tokens: u64, prefill_rate: u32) -> u64 {
+    let rate = if prefill_rate == 0 { PREFILL_RATE_GUESS } else { prefill_rate };
+    tokens.saturating_mul(1_000_000) / u64::from(rate)
+}
+
+/// Time for so many tokens' keys and values on a path.
+pub(super) fn transfer_us(tokens: u64, bytes_per_token: u32, link: LinkFigures) -> u64 {
+    let bytes = tokens.saturating_mul(u64::from(bytes_per_token));
+    bytes.saturating_mul(1_000_000) / link.bytes_per_s_or_guess()
+}
+
+/// The tail of a hand-off that no computing hides: what is left of the transfer, its last chunk at
+/// least, the commit and the way there and back.
+pub(super) fn hand_off_us(
+    tokens: u64,
+    bytes_per_token: u32,
+    link: LinkFigures,
+    hidden_us: u64,
+) -> u64 {
+    let all = transfer_us(tokens, bytes_per_token, link);
+    let last_chunk = transfer_us(tokens.min(CHUNK_TOKENS), bytes_per_token, link);
+    let rtt = micros(link.rtt_or_guess());
+    all.saturating_sub(hidden_us).max(last_chunk).saturating_add(rtt).saturating_add(COMMIT_US)
+}
+
+/// Whether another way saves enough against doing it here to be worth its risks.
+pub(super) fn is_gain(here_us: u64, other_us: u64, config: &RouterConfig) -> bool {
+    let least = micros(config.gain_min).max(here_us / 100 * u64::from(config.gain_min_percent));
+    other_us.saturating_add(least) < here_us
+}
+
+/// What the gaps of the answer cost, and those that it adds to each of its neighbours.
+pub(super) fn decode_us(
+    step_us: u32,
+    streams: u64,
+    output_tokens: u64,
+    config: &RouterConfig,
+) -> u64 {
+    let step = if step_us == 0 { micros(config.step_guess) } else { u64::from(step_us) };
+    let added = step.saturating_mul(u64::from(config.stream_share_percent)) / 100;
+    let gaps = step.saturating_add(added.saturating_mul(streams.saturating_add(1)));
+    weighed(gaps.saturating_mul(output_tokens), config)
+}
+
+/// What a prefill of so long costs those that decode beside it: each gets its next tokens that much
+/// later.
+pub(super) fn harm_us(prefill_us: u64, streams: u64, config: &RouterConfig) -> u64 {
+    weighed(prefill_us.saturating_mul(streams), config)
+}
+
+fn weighed(us: u64, config: &RouterConfig) -> u64 {
+    us.saturating_mul(u64::from(config.decode_weight_percent)) / 100
+}
+
+pub(super) fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// Prompt tokens per second of a replica that has measured nothing yet: low, so that measured ones
+/// are preferred, and high enough that it gets a request to measure.
+pub const PREFILL_RATE_GUESS: u32 = 200;
+/// Verifying and attaching the last blocks of a hand-off.
+const COMMIT_US: u64 = 2_000;
+/// Tokens that a prefill computes before their keys and values leave: a step's.
+const CHUNK_TOKENS: u64 = 512;

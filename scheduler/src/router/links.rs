@@ -1,0 +1,138 @@
+//! What the paths from this node to others can carry, as measured.
+
+use std::collections::BTreeMap;
+
+use protocol::{Duration, NodeId};
+
+/// One path. What was not measured is `None`, and a stated guess stands in for it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LinkFigures {
+    pub rtt: Option<Duration>,
+    /// Goodput of KV blocks, bytes per second.
+    pub bytes_per_s: Option<u64>,
+}
+
+impl LinkFigures {
+    /// The measured round trip, or [`RTT_GUESS`].
+    pub fn rtt_or_guess(&self) -> Duration {
+        self.rtt.unwrap_or(RTT_GUESS)
+    }
+
+    /// The measured goodput, or [`BYTES_PER_S_GUESS`].
+    pub fn bytes_per_s_or_guess(&self) -> u64 {
+        self.bytes_per_s.unwrap_or(BYTES_PER_S_GUESS).max(1)
+    }
+
+    /// Between two others, seen from here: neither is farther from the other than the slower path says,
+    /// and no faster. Wrong where the two sit side by side and this node is far off; who decodes knows
+    /// better, and decides with its own figures.
+    #[must_use]
+    pub fn between(a: LinkFigures, b: LinkFigures) -> LinkFigures {
+        let rtt = a.rtt.or(b.rtt).map(|_| a.rtt_or_guess().max(b.rtt_or_guess()));
+        let slower = || a.bytes_per_s_or_guess().min(b.bytes_per_s_or_guess());
+        LinkFigures { rtt, bytes_per_s: a.bytes_per_s.or(b.bytes_per_s).map(|_| slower()) }
+    }
+}
+
+/// The paths to all nodes that anything is known of.
+#[derive(Debug, Default)]
+pub struct Links {
+    nodes: BTreeMap<NodeId, LinkFigures>,
+}
+
+impl Links {
+    pub fn figures(&self, node: NodeId) -> LinkFigures {
+        self.nodes.get(&node).copied().unwrap_or_default()
+    }
+
+    /// The transport's smoothed round trip.
+    pub fn rtt(&mut self, node: NodeId, rtt: Duration) {
+        if let Some(link) = self.link(node) {
+            link.rtt = Some(rtt);
+        }
+    }
+
+    /// So many bytes came from the node within `took`, in which nothing but the path was waited for: a
+    /// sender that still computes is no slow path. Less than [`SAMPLE_BYTES_MIN`] tells nothing.
+    pub fn carried(&mut self, node: NodeId, bytes: u64, took: Duration) {
+        let Some(link) = self.link(node).filter(|_| bytes >= SAMPLE_BYTES_MIN) else { return };
+        let flowing = took.saturating_sub(link.rtt.unwrap_or_default());
+        let micros = flowing.max(took / 4).as_micros().max(1);
+        let now = u64::try_from(u128::from(bytes) * 1_000_000 / micros).unwrap_or(u64::MAX);
+        link.bytes_per_s = Some(match link.bytes_per_s {
+            Some(before) => before - before / 4 + now / 4,
+            None => now,
+        });
+    }
+
+    pub fn forget(&mut self, node: NodeId) {
+        self.nodes.remove(&node);
+    }
+
+    /// All of them, in the order of their ids.
+    pub(super) fn all(&self) -> &BTreeMap<NodeId, LinkFigures> {
+        &self.nodes
+    }
+
+    fn link(&mut self, node: NodeId) -> Option<&mut LinkFigures> {
+        if self.nodes.len() >= LINKS_MAX && !self.nodes.contains_key(&node) {
+            return None;
+        }
+        Some(self.nodes.entry(node).or_default())
+    }
+}
+
+/// Of a path that nothing came over yet: a gigabit a second less what protocols take. Too high, and the
+/// first transfer is slower than computing; too low, and there never is a first one.
+pub const BYTES_PER_S_GUESS: u64 = 100_000_000;
+/// Of a path without a connection: the handshake is to come.
+pub const RTT_GUESS: Duration = Duration::from_millis(10);
+/// Less than this is about the round trip, not the goodput.
+pub const SAMPLE_BYTES_MIN: u64 = 256 * 1024;
+/// Paths remembered; of more only the guesses are known.
+pub const LINKS_MAX: usize = 16_384;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: NodeId = NodeId([1; 32]);
+
+    #[test]
+    fn measured_over_guessed() {
+        let mut links = Links::default();
+        assert_eq!(links.figures(A).rtt_or_guess(), RTT_GUESS);
+        assert_eq!(links.figures(A).bytes_per_s_or_guess(), BYTES_PER_S_GUESS);
+        links.rtt(A, Duration::from_millis(20));
+        links.carried(A, SAMPLE_BYTES_MIN - 1, Duration::from_millis(1));
+        assert_eq!(links.figures(A).bytes_per_s, None, "too little to tell");
+        // 1 MB in 120 ms of which 20 are the way.
+        links.carried(A, 1_000_000, Duration::from_millis(120));
+        assert_eq!(links.figures(A).bytes_per_s, Some(10_000_000));
+        for _ in 0..30 {
+            links.carried(A, 1_000_000, Duration::from_millis(70));
+        }
+        let later = links.figures(A).bytes_per_s.unwrap();
+        assert!((19_900_000..=20_000_000).contains(&later), "{later}");
+        links.forget(A);
+        assert_eq!(links.figures(A), LinkFigures::default());
+    }
+
+    #[test]
+    fn between_two_others() {
+        let ms = |n| Some(Duration::from_millis(n));
+        let near = LinkFigures { rtt: ms(1), bytes_per_s: Some(900_000_000) };
+        let far = LinkFigures { rtt: ms(80), bytes_per_s: Some(50) };
+        let unknown = LinkFigures::default();
+        let guess = LinkFigures { rtt: Some(RTT_GUESS), bytes_per_s: Some(BYTES_PER_S_GUESS) };
+        for (a, b, expect) in [
+            (near, far, far),
+            (near, unknown, guess),
+            (far, unknown, far),
+            (unknown, unknown, unknown),
+        ] {
+            assert_eq!(LinkFigures::between(a, b), expect);
+            assert_eq!(LinkFigures::between(b, a), expect);
+        }
+    }
+}
