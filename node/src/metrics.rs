@@ -425,6 +425,24 @@ const HELP: &[(&str, &str)] = &[
     ("grapevine_membership_datagrams_total", "datagrams of membership, by direction"),
     ("grapevine_membership_bytes_total", "bytes of membership without QUIC's own, by direction"),
     ("grapevine_router_choices_total", "requests given to a replica, by node: own or peer"),
+    ("grapevine_router_decisions_total", "choices of a replica, by why it was chosen"),
+    (
+        "grapevine_router_prefills_total",
+        "prompts about to run here, by where their keys and values come from",
+    ),
+    ("grapevine_router_first_tokens_total", "choices whose first token was seen"),
+    (
+        "grapevine_router_estimate_error_seconds_total",
+        "how far estimates of the time to these first tokens were off, up or down",
+    ),
+    (
+        "grapevine_router_estimate_bias_seconds",
+        "what estimates are too low by of late; below zero, too high",
+    ),
+    (
+        "grapevine_router_regret_seconds_total",
+        "what the best of the others would have saved, as far as can be estimated, by why",
+    ),
     ("grapevine_stream_copies", "streams of other nodes of which a copy is kept here"),
     ("grapevine_stream_copies_bytes", "what they take"),
     (

@@ -89,6 +89,7 @@ pub async fn serve(options: NodeOptions) -> Result<Node, ServeError> {
         admin_keys: admin_keys.unwrap_or_default(),
         limits: options.http.clone(),
         role: options.role,
+        disagg: options.disagg,
         ids: RequestIds::new(),
         roster: OnceLock::new(),
         measured: OnceLock::new(),

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use protocol::node_record::NodeRole;
+use scheduler::router::Disagg;
 
 use crate::http::ApiKeys;
 use crate::load::{Loader, OnProgress};
@@ -77,6 +78,8 @@ pub struct NodeOptions {
     pub http: HttpLimits,
     /// What the others of its mesh shall use it for.
     pub role: NodeRole,
+    /// Whether others compute prompts for this node.
+    pub disagg: Disagg,
     /// Time that running answers get at shutdown. Too small: answers are cut. Too large: the node
     /// hangs on in rollouts.
     pub drain_limit: Duration,
@@ -96,6 +99,7 @@ impl NodeOptions {
             admin: None,
             http: HttpLimits::default(),
             role: NodeRole::default(),
+            disagg: Disagg::default(),
             drain_limit: Duration::from_secs(30),
             on_progress: None,
         }

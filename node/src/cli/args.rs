@@ -2,6 +2,7 @@
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use protocol::node_record::NodeRole;
+use scheduler::router::Disagg;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -35,6 +36,8 @@ pub enum Command {
     Peers(super::peers::PeersArgs),
     /// Show the local node and its mesh.
     Status(super::mesh::AskedNodeArgs),
+    /// Show why a request went where it went, what else was possible, and how it turned out.
+    Explain(super::explain::ExplainArgs),
     /// Make a token with which another node joins this node's mesh.
     Invite(super::mesh::InviteArgs),
     /// Put a node out of the mesh at once.
@@ -105,6 +108,10 @@ pub struct UpArgs {
     /// computes no prompt of others. Default: both.
     #[arg(long, value_name = "ROLE", help_heading = "Mesh")]
     pub role: Option<RoleName>,
+    /// Whether others compute prompts for this node: `auto` where that is quicker or spares running
+    /// streams, `always` wherever one can, `never`. Default: auto.
+    #[arg(long, value_name = "WHEN", help_heading = "Mesh")]
+    pub disagg: Option<DisaggName>,
     /// Where the node keeps its state.
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
@@ -175,6 +182,23 @@ impl From<RoleName> for NodeRole {
             RoleName::Both => NodeRole::Both,
             RoleName::Prefill => NodeRole::Prefill,
             RoleName::Decode => NodeRole::Decode,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DisaggName {
+    Auto,
+    Always,
+    Never,
+}
+
+impl From<DisaggName> for Disagg {
+    fn from(name: DisaggName) -> Disagg {
+        match name {
+            DisaggName::Auto => Disagg::Auto,
+            DisaggName::Always => Disagg::Always,
+            DisaggName::Never => Disagg::Never,
         }
     }
 }

@@ -6,6 +6,7 @@ mod chat;
 mod client;
 mod demo;
 mod doctor;
+mod explain;
 mod fleet;
 mod load;
 mod local;
@@ -44,6 +45,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Up(args) => block_on(up::up(args)),
         Command::Peers(args) => block_on(peers::peers(&args)),
         Command::Status(args) => block_on(peers::status(&args)),
+        Command::Explain(args) => block_on(explain::explain(&args)),
         Command::Invite(args) => block_on(mesh::invite(&args)),
         Command::Revoke(args) => block_on(mesh::revoke(&args)),
         Command::Leave(args) => block_on(mesh::leave(&args)),

@@ -1,6 +1,6 @@
 //! `vine up`: a node that serves models until it is told to stop.
 
-use super::args::{EngineArgs, KvType, QuantType, RoleName, UpArgs};
+use super::args::{DisaggName, EngineArgs, KvType, QuantType, RoleName, UpArgs};
 use super::mesh::{self, MeshArgs};
 use super::model::{self, LoadedModel, ModelSpec, load};
 use super::system;
@@ -10,6 +10,7 @@ use node::measured::Host;
 use node::mesh::{ControlRoutes, Mesh, Roster, kv_secret};
 use node::{ADMIN_KEY_VARIABLE, ApiKeys, HttpLimits, Loaded, ModelOptions, Node, NodeOptions};
 use protocol::node_record::NodeRole;
+use scheduler::router::Disagg;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
@@ -38,6 +39,7 @@ struct Config {
     mesh_address: Vec<SocketAddr>,
     mdns: Option<bool>,
     role: Option<String>,
+    disagg: Option<String>,
     kv_memory: Option<String>,
     kv_dtype: Option<String>,
     quant: Option<String>,
@@ -55,6 +57,8 @@ pub struct Served {
     pub http: HttpLimits,
     /// What the mesh uses it for.
     pub role: NodeRole,
+    /// Whether others compute prompts for it.
+    pub disagg: Disagg,
     /// Where the node keeps its secret; without one it lives in memory.
     pub data: Option<PathBuf>,
     /// Show progress on the terminal.
@@ -73,6 +77,7 @@ impl Served {
             insecure: false,
             http: HttpLimits::default(),
             role: NodeRole::default(),
+            disagg: Disagg::default(),
             data: None,
             bar: true,
             mesh: None,
@@ -137,6 +142,7 @@ pub async fn serve(served: Served, engine: &EngineArgs) -> anyhow::Result<Node> 
     options.insecure = served.insecure;
     options.http = served.http;
     options.role = served.role;
+    options.disagg = served.disagg;
     options.without_models = served.mesh.is_some();
     options.admin = served.mesh.as_ref().map(|(_, _, routes)| (routes.clone(), served.admin_keys));
     let bars = Bars::new(served.bar && std::io::stderr().is_terminal());
@@ -223,8 +229,10 @@ fn settings(args: UpArgs) -> anyhow::Result<(Served, MeshArgs, EngineArgs)> {
         write_timeout: seconds(args.write_timeout.or(config.write_timeout), limits.write_timeout),
         ..limits
     };
+    let disagg = args.disagg.or(value_of::<DisaggName>("disagg", config.disagg)?);
     let role = args.role.or(value_of::<RoleName>("role", config.role)?);
     let served = Served {
+        disagg: disagg.map_or_else(Disagg::default, Disagg::from),
         role: role.map_or_else(NodeRole::default, NodeRole::from),
         keys,
         admin_keys,

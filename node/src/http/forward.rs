@@ -6,6 +6,7 @@
 //! begun goes on at another replica ([`super::passing`]). Every wait ends: with an answer, with the
 //! request's deadline, or soon after membership suspects the node, or when its path breaks.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -42,6 +43,10 @@ struct Peek {
     n: Option<u64>,
     #[serde(default)]
     prompt: Option<Box<RawValue>>,
+    #[serde(default)]
+    max_tokens: Option<u64>,
+    #[serde(default)]
+    max_completion_tokens: Option<u64>,
 }
 
 impl Peek {
@@ -51,6 +56,12 @@ impl Peek {
         let prompts = self.prompt.as_ref().and_then(|prompt| prompt.get().strip_prefix('['));
         let is_list = prompts.is_some_and(|first| first.trim_start().starts_with(['[', '"']));
         is_list || self.n.unwrap_or(1) > 1
+    }
+
+    /// Tokens that the answer will have: what most have, unless its client allows less.
+    fn output_tokens(&self) -> u64 {
+        let most = self.max_completion_tokens.or(self.max_tokens);
+        most.map_or(OUTPUT_TOKENS_GUESS, |most| most.min(OUTPUT_TOKENS_GUESS))
     }
 }
 
@@ -84,13 +95,18 @@ pub(super) async fn forward(
     let Ok(peek) = serde_json::from_slice(&bytes) else { return next.run(here).await };
     let traceparent = text(here.headers(), "traceparent");
     let last_event = text(here.headers(), LAST_EVENT_ID);
+    let (asked, request) = (roster.clone(), caller.log.id);
     let forwarding = Forwarding { app, roster, caller, endpoint, traceparent, peek, bytes };
     if let Some(last_event) = last_event {
         return forwarding.resume(&last_event).await.unwrap_or_else(IntoResponse::into_response);
     }
     match forwarding.answer().await {
         Some(response) => response,
-        None => next.run(here).await,
+        None => {
+            let response = next.run(here).await;
+            asked.settle_here(request);
+            response
+        }
     }
 }
 
@@ -149,8 +165,7 @@ impl Forwarding {
             };
             let so_far = SoFar { weights: Some(weights), ..SoFar::default() };
             if self.roster.is_own(node) {
-                // Its load is read afresh for each decision: nothing is to be remembered of it.
-                self.roster.settle(node, request, Outcome::Ended);
+                self.roster.settle(node, request, Outcome::TakenHere);
                 return match self.peek.stream == Some(true) {
                     true => Some(self.stream_here(node, so_far).await),
                     false => None,
@@ -189,6 +204,8 @@ impl Forwarding {
             request: self.caller.log.id,
             model: &self.peek.model,
             prompt_tokens: (self.bytes.len() / BYTES_PER_TOKEN) as u64,
+            output_tokens: self.peek.output_tokens(),
+            overlap_tokens: &BTreeMap::new(),
             excluded,
             suspected: &[],
             weights,
@@ -291,6 +308,7 @@ impl Forwarding {
         let is_stream = |kind: &HeaderValue| kind.as_bytes().starts_with(b"text/event-stream");
         let (head, body) = response.into_parts();
         if !head.headers.get(header::CONTENT_TYPE).is_some_and(is_stream) {
+            self.roster.settle(node, self.caller.log.id, Outcome::Ended);
             return Response::from_parts(head, body);
         }
         let source = Source::Here(body, journal);
@@ -475,6 +493,8 @@ pub(super) const LAST_EVENT_ID: &str = "last-event-id";
 const ATTEMPTS_MAX: usize = 3;
 /// A guess, for the router only: English has about four bytes to a token, JSON around it.
 const BYTES_PER_TOKEN: usize = 4;
+/// Tokens of an answer, for the router only: what chats have on average, about.
+const OUTPUT_TOKENS_GUESS: u64 = 256;
 /// Bytes of an answer that is no stream.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
 const RETRY_S: u32 = 2;

@@ -72,7 +72,7 @@ pub(crate) async fn guard(
 }
 
 /// What lies below is for admins, with keys of their own: no client of the API can change the mesh.
-const ADMIN_PATH: &str = "/mesh";
+const ADMIN_PATHS: [&str; 2] = ["/mesh", "/admin"];
 
 /// Paths that say nothing about a tenant, and that probes ask without a key.
 const PUBLIC: [&str; 3] = ["/healthz", "/readyz", "/openapi.json"];
@@ -83,8 +83,8 @@ fn authenticate(
     headers: &HeaderMap,
     log: &RequestLog,
 ) -> Result<TenantId, ApiError> {
-    let admin =
-        path == ADMIN_PATH || path.strip_prefix(ADMIN_PATH).is_some_and(|p| p.starts_with('/'));
+    let is_below = |above: &str| path.strip_prefix(above).is_some_and(|p| p.starts_with('/'));
+    let admin = ADMIN_PATHS.iter().any(|above| path == *above || is_below(above));
     let keys = if admin { &app.admin_keys } else { &app.keys };
     let refuse = |message: &str| Err(ApiError::new(ErrorCode::InvalidApiKey, message));
     if admin && keys.is_empty() {

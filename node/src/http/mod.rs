@@ -36,6 +36,7 @@ use bytes::Bytes;
 use protocol::api::{ApiError, ErrorCode};
 use protocol::forward::Endpoint;
 use protocol::node_record::NodeRole;
+use scheduler::router::Disagg;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt;
@@ -74,6 +75,8 @@ pub(crate) struct App {
     pub limits: HttpLimits,
     /// What the others shall use this node for.
     pub role: NodeRole,
+    /// Whether others compute prompts for this node.
+    pub disagg: Disagg,
     pub ids: RequestIds,
     /// The other nodes, once this one is in a mesh.
     pub roster: OnceLock<Arc<Roster>>,

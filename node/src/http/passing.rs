@@ -83,6 +83,8 @@ pub(super) struct Passing {
     copy: Option<Copy>,
     /// What the journal takes on the wire, about.
     journal_bytes: usize,
+    /// A token has come from who runs it now.
+    has_token: bool,
     ended: bool,
 }
 
@@ -120,13 +122,21 @@ impl Passing {
         copy: Option<Copy>,
     ) -> Self {
         let running = Some(Running::new(&request, node, source));
-        Passing { request, running, so_far, copy, journal_bytes: 0, ended: false }
+        Passing { request, running, so_far, copy, journal_bytes: 0, has_token: false, ended: false }
     }
 
     /// A stream that nobody runs any more.
     pub fn resumed(request: Forwarding, so_far: SoFar, copy: Option<Copy>) -> Self {
         let journal_bytes = so_far.entries().iter().map(bytes_about).sum();
-        Passing { request, running: None, so_far, copy, journal_bytes, ended: false }
+        Passing {
+            request,
+            running: None,
+            so_far,
+            copy,
+            journal_bytes,
+            has_token: false,
+            ended: false,
+        }
     }
 
     /// The client's body, which begins with `first` if that has come already.
@@ -187,6 +197,11 @@ impl Passing {
     async fn keep(&mut self, part: StreamPart) -> Bytes {
         self.journal_bytes += part.entries.iter().map(bytes_about).sum::<usize>();
         self.so_far.next_event = part.next_event;
+        let is_token = |entry: &Entry| matches!(entry, Entry::Token { .. });
+        if !self.has_token && part.entries.iter().any(is_token) {
+            self.has_token = true;
+            self.request.roster.first_token(self.request.caller.log.id);
+        }
         self.so_far.entries().extend(part.entries);
         if let Some(copy) = &mut self.copy {
             copy.written().await;
@@ -248,6 +263,7 @@ impl Passing {
                 );
                 self.request.roster.settle(node, request, Outcome::Began);
                 self.running = rest.map(|rest| Running::new(&self.request, node, rest));
+                self.has_token = false;
                 return Some(first);
             }
             Err((outcome, why)) => {

@@ -6,12 +6,13 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use axum::extract::State;
+use axum::extract::{Path as UrlPath, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use protocol::NodeId;
+use protocol::api::Explanation;
 use protocol::identity::{INVITE_SEEDS_MAX, Roles};
 use protocol::membership::MemberState;
 use protocol::node_record::{ReplicaRecord, ReplicaState};
@@ -82,7 +83,8 @@ impl ControlRoutes {
             .route("/mesh/invite", post(invite))
             .route("/mesh/revoke", post(revoke))
             .route("/mesh/authority", post(authority))
-            .route("/mesh/leave", post(leave));
+            .route("/mesh/leave", post(leave))
+            .route("/admin/v1/requests/{request}/explain", get(explain));
         ControlRoutes(routes.with_state(Control { mesh, roster, left }))
     }
 }
@@ -321,6 +323,23 @@ async fn authority(
     blocking(move || identity.change_authorities(&add, &remove)).await?;
     mesh.tell_news();
     status(State(control)).await
+}
+
+/// Why a request went where it went; `latest` is the last one that was decided about.
+async fn explain(
+    State(Control { roster, .. }): State<Control>,
+    UrlPath(request): UrlPath<String>,
+) -> Result<Json<Explanation>, Failure> {
+    let request = match request.as_str() {
+        "latest" => None,
+        id => Some(id.parse().map_err(|_| bad(&"a request's id is what `x-request-id` says"))?),
+    };
+    let unknown = || {
+        let message = "this node has decided nothing about it, or does not remember it: it keeps its \
+                       last few thousand decisions. Ask the node that the client has asked";
+        Failure(StatusCode::NOT_FOUND, message.to_owned())
+    };
+    roster.explain(request).map(Json).ok_or_else(unknown)
 }
 
 async fn leave(State(Control { mesh, left, .. }): State<Control>) -> Answer {

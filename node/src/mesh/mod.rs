@@ -11,6 +11,7 @@ mod connections;
 mod control;
 mod copies;
 mod exchange;
+mod explain;
 mod frames;
 mod identity;
 mod key_file;

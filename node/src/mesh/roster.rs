@@ -19,7 +19,10 @@ use protocol::node_record::{NodeRecord, NodeRole, ReplicaRecord, ReplicaState};
 use protocol::records::{Records, RecordsConfig, RecordsInput, RecordsOutput};
 use protocol::{Duration, Instant, Machine, NodeId, RequestId};
 use scheduler::journals::{Journals, JournalsConfig};
-use scheduler::router::{Ask, Choice, NoReplica, Outcome, ReplicaLoad, Router, RouterConfig};
+use scheduler::router::{
+    Ask, Choice, End, NoReplica, Outcome, PrefillAsk, PrefillPlan, ReplicaLoad, Router,
+    RouterConfig,
+};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
@@ -160,7 +163,10 @@ impl Roster {
         let members = Members::start(mesh.clone(), data, seeds, u64::from_le_bytes(random()))?;
         let state = State {
             records: Records::new(own, RecordsConfig::default()),
-            router: Router::new(own, RouterConfig::default()),
+            router: Router::new(
+                own,
+                RouterConfig { disagg: app.disagg, ..RouterConfig::default() },
+            ),
             nodes: BTreeMap::new(),
             present: BTreeSet::new(),
             addresses: BTreeMap::new(),
@@ -305,6 +311,53 @@ impl Roster {
         self.lock().router.settle(self.now(), node, request, outcome);
     }
 
+    /// This node's own answer to a request is made, if it made one.
+    pub(crate) fn settle_here(&self, request: RequestId) {
+        if let Some(mesh) = self.mesh() {
+            self.settle(mesh.node(), request, Outcome::Ended);
+        }
+    }
+
+    /// The first token of an answer leaves for its client.
+    pub(crate) fn first_token(&self, request: RequestId) {
+        self.lock().router.decisions_mut().first_token(self.now(), request);
+    }
+
+    /// Where the keys and values of a prompt come from that is about to run on this node's replica, and
+    /// has not been handed to it; see [`Router::plan_prefill`]. `None` before the start, and if there is
+    /// no such replica.
+    pub fn plan_prefill(&self, ask: &PrefillAsk<'_>) -> Option<PrefillPlan> {
+        let started = self.started.get()?;
+        let own = loads(&self.own_record(started));
+        let now = self.now();
+        let suspected = started.members.suspected();
+        let mut state = self.lock();
+        state.router.report(now, started.mesh.node(), own);
+        state.router.plan_prefill(now, &PrefillAsk { suspected: &suspected, ..*ask })
+    }
+
+    /// The keys and values of a planned prompt are there, `Failed` if this node had to compute what
+    /// others were to bring.
+    pub fn prefill_ended(&self, request: RequestId, end: End) {
+        if self.state.get().is_some() {
+            self.lock().router.decisions_mut().prefill_ended(self.now(), request, end);
+        }
+    }
+
+    /// So many bytes of blocks came from a node within `took`, in which nothing but the path was waited
+    /// for; see [`Links::carried`](scheduler::router::Links::carried).
+    pub fn carried(&self, node: NodeId, bytes: u64, took: Duration) {
+        if self.state.get().is_some() {
+            self.lock().router.links_mut().carried(node, bytes, took);
+        }
+    }
+
+    /// The router, to be looked at; `None` before the start.
+    pub(super) fn with_router<T>(&self, look: impl FnOnce(Instant, &Router) -> T) -> Option<T> {
+        self.state.get()?;
+        Some(look(self.now(), &self.lock().router))
+    }
+
     pub(crate) fn is_own(&self, node: NodeId) -> bool {
         self.mesh().is_some_and(|mesh| mesh.node() == node)
     }
@@ -378,6 +431,7 @@ impl Roster {
         let state = self.lock();
         let mut samples = super::samples::of_membership(&state.membership);
         samples.extend(super::samples::of_router(&state.router, now));
+        samples.extend(super::samples::of_decisions(state.router.decisions()));
         samples.extend(super::samples::of_records(&state.exchanges, state.nodes.len()));
         drop(state);
         samples.extend(super::copies::samples(&self.journals));
@@ -410,6 +464,15 @@ impl Roster {
             Some(name) => format!("{name} ({})", node.short()),
             None => node.short(),
         }
+    }
+
+    /// What its owner calls a node, if that is known.
+    pub(super) fn own_name_of(&self, node: NodeId) -> Option<String> {
+        let name = match self.is_own(node) {
+            true => self.started.get().map(|started| started.name.clone()),
+            false => self.lock().nodes.get(&node).map(|known| known.record.name.clone()),
+        };
+        name.filter(|name| !name.is_empty())
     }
 
     async fn keep(self: Arc<Self>) {
@@ -457,6 +520,12 @@ impl Roster {
         }
         for &node in present.difference(&before) {
             state.records.handle(now, RecordsInput::Present { node }, out);
+        }
+        for member in here {
+            let link = self.mesh().and_then(|mesh| mesh.link(member.node));
+            if let Some(rtt) = link.map(|link| link.rtt()).or(member.rtt) {
+                state.router.links_mut().rtt(member.node, rtt);
+            }
         }
     }
 
@@ -644,6 +713,11 @@ fn loads(record: &NodeRecord) -> Vec<(String, ReplicaLoad)> {
         prompt_tokens: replica.prompt_tokens,
         prefill_rate: replica.prefill_rate,
         weights: first_bytes(&replica.fingerprint),
+        decode_step_us: replica.decode_step_us,
+        kv_bytes_per_token: replica.kv_bytes_per_token,
+        kv_blocks_free: replica.kv_blocks_free,
+        kv_blocks: replica.kv_blocks,
+        role: record.role,
     };
     record.replicas.iter().map(|r| (r.model.clone(), load(r))).collect()
 }

@@ -2,7 +2,7 @@
 
 use protocol::Instant;
 use protocol::membership::MembershipStats;
-use scheduler::router::Router;
+use scheduler::router::{Decisions, Router, Why};
 
 use super::roster::Exchanges;
 use crate::metrics::Sample;
@@ -55,6 +55,36 @@ pub(super) fn of_router(router: &Router, now: Instant) -> Vec<Sample> {
         Sample::new("grapevine_router_in_flight", router.in_flight_elsewhere() as f64),
         Sample::new("grapevine_router_breakers_open", router.breakers_open(now) as f64),
     ]
+}
+
+pub(super) fn of_decisions(decisions: &Decisions) -> Vec<Sample> {
+    let stats = decisions.stats();
+    let replica = |why: &Why| labelled_by_why(*why, stats.replicas[*why as usize]);
+    let mut samples: Vec<Sample> = Why::ALL.iter().map(replica).collect();
+    let prefill = |path, n| labelled("grapevine_router_prefills_total", "path", path, n);
+    let regret = |why: Why, us| {
+        let name = "grapevine_router_regret_seconds_total";
+        Sample::labelled(name, "why", why.as_str(), seconds(us))
+    };
+    samples.extend([
+        prefill("recompute", stats.recompute),
+        prefill("fetch", stats.fetch),
+        prefill("remote", stats.remote),
+        Sample::new("grapevine_router_first_tokens_total", stats.first_tokens as f64),
+        Sample::new("grapevine_router_estimate_error_seconds_total", seconds(stats.error_us)),
+        Sample::new("grapevine_router_estimate_bias_seconds", stats.bias_us as f64 / 1e6),
+        regret(Why::Cheapest, stats.regret_us),
+        regret(Why::Explored, stats.regret_explored_us),
+    ]);
+    samples
+}
+
+fn labelled_by_why(why: Why, n: u64) -> Sample {
+    labelled("grapevine_router_decisions_total", "why", why.as_str(), n)
+}
+
+fn seconds(us: u64) -> f64 {
+    us as f64 / 1e6
 }
 
 pub(super) fn of_records(exchanges: &Exchanges, known: usize) -> Vec<Sample> {

@@ -71,6 +71,40 @@ fn endpoints(url: &str) -> Vec<String> {
     nodes.iter().map(|node| node["urls"][0].as_str().expect(&answer).to_owned()).collect()
 }
 
+/// A request that the node has answered is explained, over the socket and over the API.
+fn explains(url: &str, data: &Path) {
+    let error = vine(&["explain"], data).unwrap_err();
+    assert!(error.contains("decided nothing"), "{error}");
+    let run = |args: &[&str]| {
+        let output = Command::new(VINE).args(args).output().unwrap();
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        match output.status.success() {
+            true => Ok(String::from_utf8(output.stdout).unwrap()),
+            false => Err(error),
+        }
+    };
+    run(&["chat", "--endpoint", url, "-n", "3", "hello"]).unwrap();
+    let latest = vine(&["explain"], data).unwrap();
+    let decision = &latest["decisions"][0];
+    assert_eq!((&decision["kind"], &decision["why"]), (&"replica".into(), &"only".into()));
+    assert_eq!(decision["chosen"]["node"]["this_node"], true, "{decision}");
+    assert!(
+        decision["outcome"]["first_token_ms"].as_f64().is_some_and(|ms| ms > 0.0),
+        "{decision}"
+    );
+    let request = latest["request"].as_str().unwrap();
+    let by_id = ["explain", request, "--node", url, "--key", "an-admin-key"];
+    let text = run(&by_id).unwrap();
+    assert!(text.contains("Which replica of demo answers") && text.contains("first token after"));
+    let error = run(&["explain", request, "--node", url, "--key", "another-key"]).unwrap_err();
+    assert!(error.contains("no admin key"), "{error}");
+    let error = vine(&["explain", "../peers"], data).unwrap_err();
+    assert!(error.contains("no request's id"), "{error}");
+    let unknown = format!("req-{}", "0".repeat(32));
+    let error = vine(&["explain", &unknown], data).unwrap_err();
+    assert!(error.contains("Ask the node"), "{error}");
+}
+
 #[test]
 fn invite_join_revoke_leave() {
     let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
@@ -90,6 +124,7 @@ fn invite_join_revoke_leave() {
         let error = vine(&args, a.path()).unwrap_err();
         assert!(error.contains(wanted), "{args:?}: {error}");
     }
+    explains(&first.1, a.path());
     let token = vine(&["invite", "--ttl", "5m"], a.path()).unwrap();
     let second = up(b.path(), token["token"].as_str(), "");
     let error = remote(&second.1, "an-admin-key").unwrap_err();

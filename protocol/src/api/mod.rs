@@ -12,6 +12,7 @@ mod completion;
 mod embedding;
 mod endpoint;
 mod error;
+mod explain;
 mod input;
 mod message;
 mod model;
@@ -30,6 +31,11 @@ pub use embedding::{
 };
 pub use endpoint::{EndpointInfo, EndpointList};
 pub use error::{ApiError, ErrorBody, ErrorCode, ErrorDetail};
+pub use explain::{
+    ExplainedCandidate, ExplainedChoice, ExplainedDecision, ExplainedNode, ExplainedOption,
+    ExplainedOutcome, ExplainedPrefill, ExplainedReplica, ExplainedSource, ExplainedUnavailable,
+    Explanation,
+};
 pub use input::{Input, Stop};
 pub use message::{Content, ContentPart, Message, Role};
 pub use model::{ModelInfo, ModelList};
