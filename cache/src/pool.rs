@@ -27,6 +27,8 @@ pub struct BlockPool {
     index: HashMap<BlockHash, BlockId, BuildHasherDefault<PrefixHasher>>,
     pending: HashMap<BlockHash, SequenceId, BuildHasherDefault<PrefixHasher>>,
     evictions: u64,
+    /// What was evicted since it was last asked for, if anybody asks.
+    evicted: Option<Vec<(BlockId, BlockHash)>>,
 }
 
 /// A block taken by [`BlockPool::allocate`].
@@ -80,6 +82,7 @@ impl BlockPool {
             index: HashMap::default(),
             pending: HashMap::default(),
             evictions: 0,
+            evicted: None,
         };
         for block in (0..capacity).rev() {
             pool.free.push_front(&mut pool.slots, block);
@@ -109,6 +112,9 @@ impl BlockPool {
         let hash = slot.hash.take().expect("a cached block has a name");
         self.index.remove(&hash);
         self.evictions += 1;
+        if let Some(evicted) = &mut self.evicted {
+            evicted.push((BlockId(block), hash));
+        }
         Some(Allocated { block: BlockId(block), evicted: Some(hash) })
     }
 
@@ -120,6 +126,31 @@ impl BlockPool {
         }
         let allocated = (0..n).map(|_| self.allocate().expect("there are as many"));
         Some(allocated.inspect(|a| evicted.extend(a.evicted)).map(|a| a.block).collect())
+    }
+
+    /// From now on evictions are kept for [`take_evicted`](Self::take_evicted).
+    pub fn keep_evicted(&mut self) {
+        self.evicted.get_or_insert_default();
+    }
+
+    /// Blocks whose names were forgotten since the last call, and those names, in order: what a lower
+    /// tier could keep. Ask before any block is written, for until then each still holds what the name
+    /// stood for.
+    pub fn take_evicted(&mut self) -> Vec<(BlockId, BlockHash)> {
+        self.evicted.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    /// The cached blocks with numbers in `from .. from + n`, and their names.
+    pub fn cached_within(
+        &self,
+        from: u32,
+        n: u32,
+    ) -> impl Iterator<Item = (BlockId, BlockHash)> + '_ {
+        let end = from.saturating_add(n).min(self.slots.len() as u32);
+        (from.min(end)..end).filter_map(|block| {
+            let slot = &self.slots[block as usize];
+            slot.hash.filter(|_| slot.references == 0).map(|hash| (BlockId(block), hash))
+        })
     }
 
     /// Takes back one reference. The last one makes the block cached if it has a name, free if not.
@@ -301,8 +332,8 @@ impl List {
 
 /// The first eight bytes of a name. Names are keyed hashes: nobody without the key can choose them, so
 /// hashing them again buys nothing.
-#[derive(Debug, Default)]
-struct PrefixHasher(u64);
+#[derive(Clone, Debug, Default)]
+pub(crate) struct PrefixHasher(u64);
 
 impl Hasher for PrefixHasher {
     fn write(&mut self, bytes: &[u8]) {
