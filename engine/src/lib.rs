@@ -8,5 +8,6 @@ pub mod grammar;
 pub mod model;
 pub mod replica;
 pub mod sampler;
+pub mod tiers;
 pub mod tokenizer;
 pub mod weights;
