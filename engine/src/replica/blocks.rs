@@ -74,9 +74,11 @@ impl Replica {
         Namer::new(self.secret, config.identity, config.block_tokens)
     }
 
-    /// How many of the names, from the first on, are here or being computed here.
+    /// How many of the names, from the first on, are here, in the pool or below it, or being computed
+    /// here.
     pub fn blocks_known(&self, names: &[BlockHash]) -> usize {
-        self.batcher.blocks_known(names)
+        let known = self.batcher.blocks_known(names);
+        known + self.blocks_below(&names[known..])
     }
 
     /// A request will get these blocks from elsewhere: others that want them wait until
@@ -103,6 +105,7 @@ impl Replica {
         block: BlockId,
         pieces: &[P],
     ) -> Result<(), BlockWriteError> {
+        self.spill();
         self.executor.write_block_pieces(block, pieces)
     }
 

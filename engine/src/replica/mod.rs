@@ -6,6 +6,7 @@
 
 mod blocks;
 mod generation;
+mod lower;
 mod masks;
 mod request;
 mod rows;
@@ -23,6 +24,7 @@ use blocks::Transfers;
 use cache::TenantSalt;
 use cache::transfer::TransferId;
 use generation::Generation;
+use lower::Lower;
 use masks::MaskThread;
 use protocol::{Duration, Instant, Machine, RequestId, SequenceId, TenantId, TokenId};
 use rows::{Embedding, Scoring};
@@ -48,6 +50,8 @@ pub struct Replica {
     masks: Option<MaskThread>,
     outputs: Vec<BatcherOutput>,
     transfers: Transfers,
+    /// What lies below the pool, if anything does.
+    lower: Option<Lower>,
     /// What the executor said when the last step failed.
     step_error: String,
 }
@@ -113,6 +117,7 @@ impl Replica {
             masks: None,
             outputs: Vec::new(),
             transfers: Transfers::default(),
+            lower: None,
             step_error: String::new(),
         })
     }
@@ -227,7 +232,9 @@ impl Replica {
     /// Plans and computes one step. `None` when there is nothing to compute now.
     pub fn step(&mut self, clock: &dyn Fn() -> Instant, events: &mut Events) -> Option<StepReport> {
         let start = clock();
+        self.step_tiers(start);
         self.batcher.handle(start, BatcherInput::Plan, &mut self.outputs);
+        self.spill();
         let plan = self.settle(events)?;
         let (report, input) = match self.compute(&plan, events) {
             Ok((report, results)) => (report, BatcherInput::StepDone { results }),
@@ -309,6 +316,7 @@ impl Replica {
         jobs: Vec<Job>,
     ) -> Result<(), RequestError> {
         let mut ids = Vec::with_capacity(jobs.len());
+        let below = self.names_below(now, &jobs);
         for Job { choice, work, submission } in jobs {
             let sequence = SequenceId(self.next_sequence);
             self.next_sequence += 1;
@@ -331,6 +339,7 @@ impl Replica {
                 return Err(request_error(reason, tokens, &self.step_error));
             }
         }
+        self.bring_up(now, below);
         Ok(())
     }
 

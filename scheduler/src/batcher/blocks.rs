@@ -52,6 +52,22 @@ impl Batcher {
         }
     }
 
+    /// From now on evictions are kept for [`take_evicted`](Self::take_evicted).
+    pub fn keep_evicted(&mut self) {
+        self.pool.keep_evicted();
+    }
+
+    /// Blocks evicted since the last call, with their names; see [`cache::BlockPool::take_evicted`]. To be
+    /// asked after each plan and each [`reserve_blocks`](Self::reserve_blocks), before anything is written.
+    pub fn take_evicted(&mut self) -> Vec<(BlockId, BlockHash)> {
+        self.pool.take_evicted()
+    }
+
+    /// Cached blocks with numbers in `from .. from + n`, and their names.
+    pub fn cached_within(&self, from: u32, n: u32) -> Vec<(BlockId, BlockHash)> {
+        self.pool.cached_within(from, n).collect()
+    }
+
     /// References that are held outside of sequences.
     pub fn blocks_held(&self) -> usize {
         self.held

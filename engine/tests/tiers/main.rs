@@ -1,0 +1,7 @@
+//! The tiers below a pool: on a disk that breaks, and below a real model.
+
+mod faulty;
+mod model;
+mod storms;
+#[path = "../../../node/tests/api/tiny_model.rs"]
+mod tiny_model;
