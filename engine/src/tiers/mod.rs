@@ -11,7 +11,7 @@ mod store;
 
 pub use disk::{Disk, DiskAnswer, DiskJob, Finding};
 pub use record::{Damage, HEADER_BYTES, RecordFormat};
-pub use store::{DiskFile, OpenError, ReadError, Scan, Store};
+pub use store::{DiskFile, FREE_BYTES_KEPT, OpenError, ReadError, Scan, Store};
 
 use cache::tiers::{
     DiskFault, FetchId, HostSlot, Tiers, TiersConfig, TiersInput, TiersOutput, TiersStats,

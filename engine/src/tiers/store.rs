@@ -24,6 +24,8 @@ pub trait DiskFile: Send + Sync {
     fn len(&self) -> io::Result<u64>;
     /// Cuts off what lies beyond.
     fn truncate(&self, len: u64) -> io::Result<()>;
+    /// Bytes that this process could still write to the same disk.
+    fn free_bytes(&self) -> io::Result<u64>;
 }
 
 /// Records of one format in one file.
@@ -108,12 +110,18 @@ impl<F: DiskFile> Store<F> {
         Ok(scan)
     }
 
-    /// Writes a record. After an error the place holds no block.
+    /// Writes a record. After an error the place holds no block. The file does not grow into the last
+    /// [`FREE_BYTES_KEPT`] of the disk.
     pub fn write(&self, slot: DiskSlot, name: &BlockHash, payload: &[u8]) -> io::Result<()> {
         let write = self.writes.fetch_add(1, Ordering::Relaxed).saturating_add(1);
         let mut record = Vec::with_capacity(HEADER_BYTES + payload.len());
         self.format.encode(name, write, payload, &mut record);
         let (mut offset, mut rest) = (self.offset(slot), &record[..]);
+        let grows = offset + rest.len() as u64 > self.file.len()?;
+        if grows && self.file.free_bytes()? < FREE_BYTES_KEPT {
+            let why = "less than 256 MiB are free on this disk, which are kept for others";
+            return Err(io::Error::new(io::ErrorKind::StorageFull, why));
+        }
         while !rest.is_empty() {
             match self.file.write_at(offset, rest) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
@@ -168,6 +176,13 @@ impl DiskFile for File {
 
     fn truncate(&self, len: u64) -> io::Result<()> {
         self.set_len(len)
+    }
+
+    fn free_bytes(&self) -> io::Result<u64> {
+        let disk = nix::sys::statvfs::fstatvfs(self)?;
+        // Their types differ between platforms.
+        #[allow(clippy::useless_conversion)]
+        Ok(u64::from(disk.blocks_available()).saturating_mul(u64::from(disk.fragment_size())))
     }
 }
 
@@ -228,6 +243,9 @@ fn remove_others(folder: &Path, own: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// Of a disk's free bytes, those that a cache does not take: the node's own state and whatever else lies
+/// on that disk need room, too.
+pub const FREE_BYTES_KEPT: u64 = 256 << 20;
 const FILE: &str = "blocks.kv";
 /// Headers that may be unreadable at the start; with more of them the disk is given up.
 const SCAN_ERRORS_MAX: usize = 16;

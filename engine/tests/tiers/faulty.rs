@@ -20,6 +20,8 @@ pub struct Faults {
     pub short: usize,
     /// Bytes after which writes that make the file longer say that the disk is full.
     pub full_at: Option<u64>,
+    /// What the disk says that it has left, if not plenty.
+    pub free_bytes: Option<u64>,
 }
 
 /// The bytes, which outlive the process that wrote them.
@@ -160,6 +162,10 @@ impl DiskFile for FaultyFile {
     fn truncate(&self, len: u64) -> io::Result<()> {
         self.platter().bytes.truncate(len as usize);
         Ok(())
+    }
+
+    fn free_bytes(&self) -> io::Result<u64> {
+        Ok(self.platter().faults.free_bytes.unwrap_or(u64::MAX))
     }
 }
 

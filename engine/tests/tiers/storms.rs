@@ -2,9 +2,9 @@
 //! and when the trouble is over, blocks come up again.
 
 use super::faulty::{Faults, FaultyFile, SlowDisk};
-use cache::tiers::{FetchId, TiersConfig};
+use cache::tiers::{DiskSlot, FetchId, TiersConfig};
 use cache::{BlockHash, BlockId};
-use engine::tiers::{KvTiers, RecordFormat, Store};
+use engine::tiers::{FREE_BYTES_KEPT, KvTiers, RecordFormat, Store};
 use protocol::random::Random;
 use protocol::{Duration, Instant};
 
@@ -148,7 +148,23 @@ fn troubles(random: &mut Random) -> Faults {
         errors: some(60),
         short: some(500),
         full_at: (some(2) > 0).then_some(9_000),
+        free_bytes: (some(8) > 6).then_some(1_000),
     }
+}
+
+#[test]
+fn the_last_bytes_of_a_disk_are_left_to_others() {
+    let format = RecordFormat::new(&[1; 32], 16, BLOCK_BYTES);
+    let file = FaultyFile::new(1);
+    let store = Store::new(file.clone(), format, 9);
+    let write = |slot, n| store.write(DiskSlot(slot), &name(n), &payload(&name(n)));
+    write(0, 0).expect("there is room");
+    file.set_faults(Faults { free_bytes: Some(FREE_BYTES_KEPT - 1), ..Faults::default() });
+    let refused = write(1, 1).expect_err("the file would grow");
+    assert_eq!(refused.kind(), std::io::ErrorKind::StorageFull);
+    write(0, 2).expect("in the place of another");
+    file.set_faults(Faults { free_bytes: Some(FREE_BYTES_KEPT), ..Faults::default() });
+    write(1, 1).expect("there is room again");
 }
 
 #[test]
