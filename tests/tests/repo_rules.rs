@@ -81,7 +81,7 @@ fn pure_crates_stay_pure() {
 fn unsafe_only_in_kernels() {
     let root = root();
     let mut broken = Vec::new();
-    for krate in ["protocol", "cache", "scheduler", "engine", "node", "tests"] {
+    for krate in ["protocol", "cache", "scheduler", "engine", "node", "sdk", "tests"] {
         for path in files(&root.join(krate), "rs") {
             for (number, line) in read(&path).lines().enumerate() {
                 let words = code(line);
@@ -128,12 +128,14 @@ fn dependencies_point_one_way() {
 /// engine is synchronous and knows no sockets; kernels stands on nothing but the OS.
 #[test]
 fn refused_dependencies() {
-    let refused: [(&str, &[&str]); 5] = [
+    let refused: [(&str, &[&str]); 6] = [
         ("engine", &["tokio", "hyper", "axum", "reqwest", "quinn", "libp2p"]),
         ("kernels", &["tokio", "serde", "serde_json"]),
         ("protocol", &["tokio", "rand", "getrandom"]),
         ("cache", &["tokio", "rand", "serde"]),
         ("scheduler", &["tokio", "rand", "serde"]),
+        // Small: what a program that embeds it need not build.
+        ("sdk", &["axum", "bincode", "libp2p", "quinn", "reqwest", "rustls", "tower"]),
     ];
     let packages = workspace_packages();
     for (name, refused) in refused {
