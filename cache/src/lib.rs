@@ -16,4 +16,4 @@ pub mod transfer;
 
 pub use block::{BLOCK_TOKENS_DEFAULT, BlockId};
 pub use hash::{BlockHash, HashChain, IdentityParts, Namer, NumericalIdentity, TenantSalt};
-pub use pool::{Allocated, BlockPool, Committed, Lookup, PoolStats};
+pub use pool::{Allocated, BlockPool, Committed, Lookup, NameChange, PoolStats};

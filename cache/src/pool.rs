@@ -29,6 +29,15 @@ pub struct BlockPool {
     evictions: u64,
     /// What was evicted since it was last asked for, if anybody asks.
     evicted: Option<Vec<(BlockId, BlockHash)>>,
+    /// What has happened to names since it was last taken; nothing is kept unless somebody watches.
+    changes: Option<Vec<NameChange>>,
+}
+
+/// A name that can be found from now on, or not any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NameChange {
+    Stored(BlockHash),
+    Removed(BlockHash),
 }
 
 /// A block taken by [`BlockPool::allocate`].
@@ -83,6 +92,7 @@ impl BlockPool {
             pending: HashMap::default(),
             evictions: 0,
             evicted: None,
+            changes: None,
         };
         for block in (0..capacity).rev() {
             pool.free.push_front(&mut pool.slots, block);
@@ -111,6 +121,7 @@ impl BlockPool {
         slot.references = 1;
         let hash = slot.hash.take().expect("a cached block has a name");
         self.index.remove(&hash);
+        self.changed(NameChange::Removed(hash));
         self.evictions += 1;
         if let Some(evicted) = &mut self.evicted {
             evicted.push((BlockId(block), hash));
@@ -187,7 +198,25 @@ impl BlockPool {
         }
         self.slots[block.0 as usize].hash = Some(hash);
         self.index.insert(hash, block);
+        self.changed(NameChange::Stored(hash));
         Committed::Indexed
+    }
+
+    /// From now on changes of names are kept for [`take_changes`](Self::take_changes), which must be
+    /// called now and then: there are as many as blocks were named.
+    pub fn watch(&mut self) {
+        self.changes.get_or_insert_default();
+    }
+
+    /// What has happened to names since the last call, in order.
+    pub fn take_changes(&mut self) -> Vec<NameChange> {
+        self.changes.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    fn changed(&mut self, change: NameChange) {
+        if let Some(changes) = &mut self.changes {
+            changes.push(change);
+        }
     }
 
     /// Where a name stands; takes no reference.

@@ -16,6 +16,7 @@ pub mod metrics;
 mod model;
 mod node;
 mod options;
+mod paced;
 mod registry;
 pub mod replica;
 mod write_deadline;

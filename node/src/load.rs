@@ -1,7 +1,7 @@
 //! From a model's files to a model that serves, in the background.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use cache::Namer;
 use engine::chat::{ChatTemplate, ToolFormat};
@@ -14,6 +14,7 @@ use crate::kv::KvPlane;
 use crate::metrics::Metrics;
 use crate::model::Model;
 use crate::options::ModelOptions;
+use crate::paced::Paced;
 use crate::registry::{ModelState, Registry};
 use crate::replica::{Core, ReplicaHandle, Work};
 
@@ -56,6 +57,13 @@ impl Loaded {
             namer: Some(replica.namer()),
             core: Box::new(replica),
         }
+    }
+}
+
+impl Loaded {
+    /// The same with a pause after each step.
+    pub fn paced(self, pause: Duration) -> Loaded {
+        Loaded { core: Box::new(Paced { core: self.core, pause }), ..self }
     }
 }
 

@@ -61,7 +61,7 @@ def free_port(host: str) -> int:
 class Node:
     """One `vine up`: its data directory, its process, its log."""
 
-    def __init__(self, vine: str, root: str, name: str, *, model: bool = False, host: str = "127.0.0.1",
+    def __init__(self, vine: str, root: str, name: str, *, model: bool | str = False, host: str = "127.0.0.1",
                  port: int = 0, netns: str | None = None, data: str | None = None, env: dict | None = None,
                  options: list[str] | None = None):
         self.program, self.name, self.model = vine, name, model
@@ -78,7 +78,7 @@ class Node:
         command = ["ip", "netns", "exec", self.netns] if self.netns else []
         command += [self.program, "up", "--api", "127.0.0.1:0", "--mesh", f"{self.host}:{self.port}"]
         command += ["--data", self.data, "--threads", "1"]
-        command += ["--model", "demo"] if self.model else []
+        command += ["--model", "demo" if self.model is True else self.model] if self.model else []
         command += self.options
         command += ["--join", token] if token else []
         self.url, self.api = None, None
@@ -89,7 +89,7 @@ class Node:
 
     def start(self, token: str | None = None) -> "Node":
         self.begin(token)
-        if wait(60, lambda: self.is_up() or self.process.poll() is not None) is None or not self.url:
+        if wait(120, lambda: self.is_up() or self.process.poll() is not None) is None or not self.url:
             check(f"{self.name} starts", False, self.last_line())
         return self
 

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use cache::transfer::{Served, TransferId};
-use cache::{BlockHash, BlockId, Namer};
+use cache::{BlockHash, BlockId, NameChange, Namer};
 use kernels::attention::KvDtype;
 use protocol::transfer::{KvDtype as WireDtype, KvFormat, KvRefusal, KvWork};
 use protocol::{Instant, RequestId, SequenceId, TenantId, TokenId};
@@ -72,6 +72,16 @@ impl Replica {
     pub fn namer(&self) -> Namer {
         let config = self.batcher.config();
         Namer::new(self.secret, config.identity, config.block_tokens)
+    }
+
+    /// From now on [`take_name_changes`](Self::take_name_changes) says which blocks can be had here.
+    pub fn watch_names(&mut self) {
+        self.batcher.watch_names();
+    }
+
+    /// Names stored and removed since the last call, in order.
+    pub fn take_name_changes(&mut self) -> Vec<NameChange> {
+        self.batcher.take_name_changes()
     }
 
     /// How many of the names, from the first on, are here, in the pool or below it, or being computed

@@ -74,9 +74,9 @@ pub struct DemoArgs {
     /// Address of the API; a port of 0 takes a free one.
     #[arg(long, default_value = "127.0.0.1:8420", value_name = "ADDR")]
     pub api: SocketAddr,
-    /// Nodes to start. With two or more they are processes of their own, joined into a mesh by tokens;
-    /// the first has no model, and the others answer for it.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=16))]
+    /// Nodes to start: processes of their own, joined into a mesh by tokens. The first reads prompts for the
+    /// others, which write. With one there is no mesh.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=16))]
     pub nodes: u16,
 }
 
@@ -149,6 +149,9 @@ pub struct EngineArgs {
     /// Tokens of one step at most.
     #[arg(long, value_name = "TOKENS", help_heading = "Engine")]
     pub step_tokens: Option<usize>,
+    /// Wait between two steps, so that one can watch: the demo's model is too fast for that.
+    #[arg(long, value_name = "MS", help_heading = "Engine", hide = true)]
+    pub step_pause_ms: Option<u64>,
     /// Force an instruction set, to compare or to search for a fault.
     #[arg(long, value_name = "ISA", help_heading = "Engine", hide = true)]
     pub isa: Option<IsaName>,

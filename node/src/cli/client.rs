@@ -49,6 +49,12 @@ impl Client {
         self.call(Method::GET, path, None).await
     }
 
+    pub async fn text(&self, path: &str) -> anyhow::Result<String> {
+        let response = self.send(Method::GET, path, None).await?;
+        let body = response.into_body().collect().await?.to_bytes();
+        Ok(String::from_utf8_lossy(&body).into_owned())
+    }
+
     /// Sends JSON and reads JSON.
     pub async fn call(
         &self,

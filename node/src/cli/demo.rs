@@ -1,10 +1,10 @@
-//! `vine demo`: one node or several with the built-in model, and a chat with it.
+//! `vine demo`: nodes with the built-in model on this host, and what a mesh of them can do.
 
 use super::args::{DemoArgs, EngineArgs};
 use super::chat::Conversation;
 use super::client::Client;
-use super::fleet::Fleet;
-use super::peers;
+use super::fleet::{Fleet, ROLES};
+use super::show::{self, Show};
 use super::up::{self, Served};
 use anyhow::bail;
 use serde_json::json;
@@ -55,17 +55,17 @@ async fn alone(args: &DemoArgs) -> anyhow::Result<()> {
     Ok(node.run_until_signal().await?)
 }
 
-/// Several nodes, and a question to each of them.
+/// Several nodes, and what they do for each other.
 async fn mesh(args: &DemoArgs) -> anyhow::Result<()> {
     if !args.json {
         println!("Starting {} nodes on this host and joining them by token …", args.nodes);
     }
     let mut fleet = tokio::select! {
-        fleet = Fleet::start(args.api, args.nodes) => fleet?,
+        fleet = Fleet::start(args.api, args.nodes, ROLES) => fleet?,
         stopped = node::shutdown_signal() => return Ok(stopped?),
     };
     let shown = tokio::select! {
-        shown = chats(args, &fleet) => shown,
+        shown = show(args, &mut fleet) => shown,
         stopped = node::shutdown_signal() => stopped.map_err(Into::into),
     };
     let shown = match shown {
@@ -79,36 +79,23 @@ async fn mesh(args: &DemoArgs) -> anyhow::Result<()> {
     shown
 }
 
-async fn chats(args: &DemoArgs, fleet: &Fleet) -> anyhow::Result<()> {
-    let peers = fleet.peers().await?;
-    if !args.json {
-        println!("\n{}", peers::table(&peers));
-        println!(
-            "The first has no model: the others answer for it. The same service at every node:\n"
-        );
-    }
-    let mut answers = Vec::new();
-    for (node, question) in fleet.nodes.iter().zip(QUESTIONS.iter().cycle()) {
-        let url = &node.url;
-        if !args.json {
-            println!("you   {question}   (at {url})");
-            print!("demo  ");
-        }
-        let mut conversation = Conversation::greedy(Client::new(url, None)?, "demo");
-        let answer = conversation.say(question, !args.json).await?;
-        if answer.trim().is_empty() {
-            bail!("the model gave an empty answer at {url}");
-        }
-        if !args.json {
-            println!("\n");
-        }
-        answers.push(json!({
-            "url": url, "has_model": node.has_model, "question": question, "answer": answer,
-        }));
-    }
+async fn show(args: &DemoArgs, fleet: &mut Fleet) -> anyhow::Result<()> {
+    let show = Show { aloud: !args.json };
+    let peers = show.mesh(fleet).await?;
+    let chat = show.chat(fleet, QUESTIONS[1]).await?;
+    let (hand_off, writer) = show.hand_off(fleet).await?;
+    let prefix = show.prefix(fleet, writer).await?;
+    let survival = match fleet.nodes.len() {
+        show::NODES_TO_SURVIVE.. => Some(show.survival(fleet).await?),
+        _ => None,
+    };
     let first = &fleet.nodes[0];
     if args.json {
-        println!("{}", json!({ "model": "demo", "peers": peers["peers"], "chat": answers }));
+        let seen = json!({
+            "model": "demo", "peers": peers["peers"], "chat": chat, "hand_off": hand_off,
+            "prefix": prefix, "survival": survival,
+        });
+        println!("{seen}");
     } else if !args.once {
         print_invitation(&first.url);
         println!("  vine peers --watch --data {}\n", first.data().display());

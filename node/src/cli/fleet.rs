@@ -1,7 +1,7 @@
 //! Several nodes on this host, each a process of its own, joined into one mesh by tokens: what
 //! `vine demo --nodes N` shows.
 
-use std::fs::{DirBuilder, File};
+use std::fs::{DirBuilder, OpenOptions};
 use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -12,6 +12,7 @@ use anyhow::{Context, bail};
 use hyper::Method;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use protocol::node_record::NodeRole;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
@@ -27,26 +28,36 @@ pub struct Fleet {
 
 /// One process.
 pub struct FleetNode {
+    /// What people call it.
+    pub name: String,
     /// Base URL of its API.
     pub url: String,
-    pub has_model: bool,
+    role: NodeRole,
     data: PathBuf,
     process: Child,
 }
 
+/// What the nodes do: the first reads prompts for the others, which write.
+pub const ROLES: [NodeRole; 2] = [NodeRole::Prefill, NodeRole::Decode];
+
 impl Fleet {
-    /// Starts `count` nodes. The first listens at `api` and has no model, the others take any port and
-    /// have the built-in one; all are one mesh when this returns.
-    pub async fn start(api: SocketAddr, count: u16) -> anyhow::Result<Fleet> {
+    /// Starts `count` nodes with the built-in model, the first with the first role and all others with
+    /// the second. The first listens at `api`, the others take any port; all are one mesh when this
+    /// returns.
+    pub async fn start(
+        api: SocketAddr,
+        count: u16,
+        [first_role, role]: [NodeRole; 2],
+    ) -> anyhow::Result<Fleet> {
         let mut fleet = Fleet { nodes: Vec::new(), folder: Folder::make()? };
-        let first = fleet.start_node(api, None).await?;
+        let first = fleet.start_node((1, first_role), api, None).await?;
         fleet.nodes.push(first);
         let body = json!({ "ttl_s": TOKEN_TTL_S, "uses": count - 1, "roles": "all" });
         let made = fleet.ask_first(Method::POST, "/mesh/invite", Some(&body)).await?;
         let token = made["token"].as_str().context("the first node sent no token")?;
-        for _ in 1..count {
+        for number in 1..usize::from(count) {
             let any_port = SocketAddr::new(api.ip(), 0);
-            let node = fleet.start_node(any_port, Some(token)).await?;
+            let node = fleet.start_node((number + 1, role), any_port, Some(token)).await?;
             fleet.nodes.push(node);
         }
         fleet.wait_until_one().await?;
@@ -56,6 +67,15 @@ impl Fleet {
     /// The mesh as the first node sees it.
     pub async fn peers(&self) -> anyhow::Result<Value> {
         self.ask_first(Method::GET, "/mesh/peers", None).await
+    }
+
+    /// Starts a node again that has died, with what it has kept, and waits until it is back.
+    pub async fn restart(&mut self, index: usize) -> anyhow::Result<()> {
+        let FleetNode { role, url, .. } = &self.nodes[index];
+        let api = url.trim_start_matches("http://").parse::<SocketAddr>()?;
+        let again = self.start_node((index + 1, *role), SocketAddr::new(api.ip(), 0), None).await?;
+        self.nodes[index] = again;
+        self.wait_until_one().await
     }
 
     /// Waits until a node ends by itself and says which.
@@ -77,29 +97,42 @@ impl Fleet {
         }
     }
 
-    async fn start_node(&self, api: SocketAddr, token: Option<&str>) -> anyhow::Result<FleetNode> {
-        let data = self.folder.0.join((self.nodes.len() + 1).to_string());
+    async fn start_node(
+        &self,
+        (number, role): (usize, NodeRole),
+        api: SocketAddr,
+        token: Option<&str>,
+    ) -> anyhow::Result<FleetNode> {
+        let data = self.folder.0.join(number.to_string());
         let log = data.with_extension("log");
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["up", "--with-parent", "--threads", "1", "--mesh", "127.0.0.1:0"]);
         command.arg("--api").arg(api.to_string()).arg("--data").arg(&data);
+        command.args([
+            "--model",
+            "demo",
+            "--role",
+            role.as_str(),
+            "--step-pause-ms",
+            STEP_PAUSE_MS,
+        ]);
         // The demo is open to whoever uses this host, as it is with one node.
         for variable in ["VINE_JOIN", node::ADMIN_KEY_VARIABLE, "VINE_API_KEY"] {
             command.env_remove(variable);
         }
         if let Some(token) = token {
-            command.args(["--model", "demo"]).env("VINE_JOIN", token);
+            command.env("VINE_JOIN", token);
         }
         let mut process = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
-            .stderr(File::create(&log)?)
+            .stderr(OpenOptions::new().create(true).append(true).open(&log)?)
             .kill_on_drop(true)
             .spawn()
             .context("cannot start another process of this program")?;
         let url = tokio::time::timeout(START_LIMIT, read_url(&mut process)).await;
         match url.context("a node did not start in time").flatten() {
-            Ok(url) => Ok(FleetNode { url, has_model: token.is_some(), data, process }),
+            Ok(url) => Ok(FleetNode { name: format!("node {number}"), url, role, data, process }),
             Err(error) => {
                 let said = std::fs::read_to_string(&log).unwrap_or_default();
                 Err(error.context(said.trim().to_owned()))
@@ -133,6 +166,20 @@ impl Fleet {
 }
 
 impl FleetNode {
+    /// What it does, in words.
+    pub fn what(&self) -> &'static str {
+        match self.role {
+            NodeRole::Prefill => "to read prompts for the others",
+            NodeRole::Decode => "to write answers",
+            NodeRole::Both => "to do whatever is needed",
+        }
+    }
+
+    /// As if its host had lost power.
+    pub fn kill(&self) {
+        self.signal(Signal::SIGKILL);
+    }
+
     pub fn data(&self) -> &Path {
         &self.data
     }
@@ -179,6 +226,8 @@ impl Drop for Folder {
     }
 }
 
+/// The built-in model is done in a moment; with this people can read along.
+const STEP_PAUSE_MS: &str = "15";
 const TOKEN_TTL_S: u64 = 600;
 const START_LIMIT: Duration = Duration::from_secs(60);
 const MESH_LIMIT: Duration = Duration::from_secs(30);

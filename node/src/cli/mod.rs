@@ -14,6 +14,7 @@ mod mesh;
 mod model;
 mod peers;
 mod progress;
+mod show;
 mod system;
 mod table;
 mod up;

@@ -180,7 +180,11 @@ fn model_options(spec: ModelSpec, engine: EngineArgs, secret: [u8; 32]) -> Model
         let read = || load(spec.open()?, &engine, secret, &mut |done| report(done, "loading"));
         let LoadedModel { replica, template, hidden, fingerprint } =
             read().map_err(|e: anyhow::Error| format!("{e:#}"))?;
-        Ok(Loaded::new(replica, template, hidden, fingerprint))
+        let loaded = Loaded::new(replica, template, hidden, fingerprint);
+        Ok(match engine.step_pause_ms {
+            Some(ms) => loaded.paced(Duration::from_millis(ms)),
+            None => loaded,
+        })
     };
     ModelOptions { id, loader: Box::new(loader) }
 }
@@ -214,6 +218,7 @@ fn settings(args: UpArgs) -> anyhow::Result<(Served, MeshArgs, EngineArgs)> {
         quant: args.engine.quant.or(value_of::<QuantType>("quant", config.quant)?),
         context: args.engine.context.or(config.context),
         step_tokens: args.engine.step_tokens.or(config.step_tokens),
+        step_pause_ms: args.engine.step_pause_ms,
         isa: args.engine.isa,
     };
     let seconds = |setting: Option<u32>, default| match setting {

@@ -101,7 +101,7 @@ pub(crate) async fn chat(
 }
 
 /// Renders the template. Off the async threads: long chats take many milliseconds.
-async fn prompt(
+pub(super) async fn prompt(
     model: Arc<Model>,
     request: Arc<ChatRequest>,
     created: u64,

@@ -29,6 +29,7 @@ use serde_json::value::RawValue;
 use super::body;
 use super::error::Failure;
 use super::guard::Caller;
+use super::overlap;
 use super::passing::{Passing, Source};
 use super::{App, Journal, RequestLog, TraceParent};
 use crate::mesh::{CallError, Copy, Heard, Request as CallRequest, Roster, SharedJournal};
@@ -96,10 +97,20 @@ pub(super) async fn forward(
     let traceparent = text(here.headers(), "traceparent");
     let last_event = text(here.headers(), LAST_EVENT_ID);
     let (asked, request) = (roster.clone(), caller.log.id);
-    let forwarding = Forwarding { app, roster, caller, endpoint, traceparent, peek, bytes };
+    let overlap = BTreeMap::new();
+    let forwarding =
+        Forwarding { app, roster, caller, endpoint, traceparent, peek, bytes, overlap };
     if let Some(last_event) = last_event {
         return forwarding.resume(&last_event).await.unwrap_or_else(IntoResponse::into_response);
     }
+    let overlap = overlap::overlap(
+        &forwarding.app,
+        &forwarding.caller,
+        endpoint,
+        &forwarding.peek.model,
+        &forwarding.bytes,
+    );
+    let forwarding = Forwarding { overlap: overlap.await, ..forwarding };
     match forwarding.answer().await {
         Some(response) => response,
         None => {
@@ -118,6 +129,8 @@ pub(super) struct Forwarding {
     traceparent: Option<String>,
     peek: Peek,
     bytes: Bytes,
+    /// Tokens of its prompt that nodes are said to have cached.
+    overlap: BTreeMap<NodeId, u64>,
 }
 
 /// A node's answer, of which at least the beginning is here.
@@ -205,7 +218,7 @@ impl Forwarding {
             model: &self.peek.model,
             prompt_tokens: (self.bytes.len() / BYTES_PER_TOKEN) as u64,
             output_tokens: self.peek.output_tokens(),
-            overlap_tokens: &BTreeMap::new(),
+            overlap_tokens: &self.overlap,
             excluded,
             suspected: &[],
             weights,

@@ -17,6 +17,7 @@ mod guard;
 mod journal;
 mod log;
 pub mod openapi;
+mod overlap;
 mod params;
 mod passing;
 mod sse;

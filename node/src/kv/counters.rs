@@ -1,6 +1,7 @@
 //! What transfers have done since the start.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use cache::transfer::{AttemptError, HandOffOutcome, SenderOutcome};
 
@@ -14,6 +15,8 @@ pub(crate) struct Counters {
     hand_offs: [AtomicU64; OUTCOMES.len()],
     attempts_failed: AtomicU64,
     misbehaviours: AtomicU64,
+    /// From the first ask to the last block, of those that were complete.
+    complete_us: AtomicU64,
     served: [AtomicU64; SERVED.len()],
 }
 
@@ -33,7 +36,11 @@ impl Counters {
         }
     }
 
-    pub fn ended(&self, outcome: &HandOffOutcome, verified: usize) {
+    pub fn ended(&self, outcome: &HandOffOutcome, verified: usize, took: Duration) {
+        if matches!(outcome, HandOffOutcome::Complete { .. }) {
+            let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+            self.complete_us.fetch_add(us, Ordering::Relaxed);
+        }
         self.blocks_received.fetch_add(verified as u64, Ordering::Relaxed);
         let outcome = match outcome {
             HandOffOutcome::Complete { .. } => 0,
@@ -64,6 +71,10 @@ impl Counters {
             Sample::new("grapevine_kv_blocks_attached_total", value(&self.blocks_received)),
             Sample::new("grapevine_kv_attempts_failed_total", value(&self.attempts_failed)),
             Sample::new("grapevine_kv_misbehaviours_total", value(&self.misbehaviours)),
+            Sample::new(
+                "grapevine_kv_hand_off_seconds_total",
+                value(&self.complete_us) / 1_000_000.0,
+            ),
         ];
         for (outcome, counter) in OUTCOMES.iter().zip(&self.hand_offs) {
             let name = "grapevine_kv_hand_offs_total";

@@ -1,18 +1,21 @@
 //! A prompt's blocks from elsewhere, before its sequence is submitted.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cache::transfer::{HandOff, Prompt, Source};
+use cache::BlockHash;
+use cache::transfer::{HandOff, HandOffOutcome, Prompt, Source};
 use engine::replica::GenerateRequest;
-use protocol::RequestId;
-use protocol::node_record::NodeRole;
+use protocol::directory::Holder;
 use protocol::transfer::KvFirstToken;
+use protocol::{NodeId, RequestId, TenantId, TokenId};
+use scheduler::router::{End, PrefillAsk};
 use tokio::sync::{mpsc, oneshot};
 
-use super::ModelKv;
 use super::pool::PoolCommand;
-use super::transfers::Input;
+use super::transfers::{Ended, Input};
+use super::{ModelKv, Running};
 use crate::replica::ReplicaHandle;
 
 /// Blocks that were brought for a request. Drop it when the request's sequence is submitted: until then
@@ -64,8 +67,7 @@ impl ModelKv {
         }
         // The last token is computed here in any case: its logits are wanted.
         let full = tokens.len().saturating_sub(1) / self.namer.block_tokens();
-        let sources = self.sources();
-        if full == 0 || sources.is_empty() {
+        if full == 0 || !running.roster.has_replica_elsewhere(&self.model, &self.fingerprint) {
             return None;
         }
         let mut names = self.namer.names(&request.tenant, &tokens);
@@ -76,9 +78,11 @@ impl ModelKv {
         if known >= full {
             return None;
         }
-        let (ended, outcome) = oneshot::channel();
         let id = request.request;
-        let deadline = deadline.min(Instant::now() + HAND_OFF_MAX);
+        let sources = self.plan(running, id, (tokens.len(), known), &names).await;
+        if sources.is_empty() {
+            return None;
+        }
         let handoff = HandOff {
             request: id,
             first: u32::try_from(known).ok()?,
@@ -93,25 +97,75 @@ impl ModelKv {
             // In the machine's time, once it has it.
             deadline: protocol::Instant::ORIGIN,
         };
-        let mut waiting = Waiting { inputs: running.inputs.clone(), request: id, over: false };
-        running.inputs.send(Input::HandOff { handoff, deadline, ended }).await.ok()?;
-        let brought = Brought { replica: self.replica.clone(), request: id };
-        let outcome = outcome.await;
-        waiting.over = true;
-        let ended = outcome.ok()?;
-        tracing::debug!(request = %id, ?ended, "blocks from elsewhere");
-        Some(brought)
+        self.hand_off(running, handoff, deadline).await
     }
 
-    /// Whom to ask, the best first.
-    fn sources(&self) -> Vec<Source> {
-        let Some(running) = self.running.get() else { return Vec::new() };
-        let peers = running.roster.replicas_elsewhere(&self.model, &self.fingerprint);
-        let prefill = peers.iter().filter(|peer| peer.role == NodeRole::Prefill && !peer.avoid);
-        prefill.map(|peer| Source { peer: peer.node, prefill: true }).take(SOURCES_TRIED).collect()
+    /// Tokens of the prompt's beginning that each node is said to have cached.
+    pub async fn overlap(&self, tenant: &TenantId, tokens: &[TokenId]) -> BTreeMap<NodeId, u64> {
+        let Some(running) = self.running.get() else { return BTreeMap::new() };
+        self.overlap_of(running, &self.namer.names(tenant, tokens)).await
+    }
+
+    async fn overlap_of(&self, running: &Running, names: &[BlockHash]) -> BTreeMap<NodeId, u64> {
+        let block_tokens = self.namer.block_tokens() as u64;
+        let tokens = |holder: Holder| (holder.node, u64::from(holder.blocks) * block_tokens);
+        let holders = running.directory.holders(self.format.identity, names).await;
+        holders.into_iter().map(tokens).collect()
+    }
+
+    /// Whom to ask, the best first; nobody, where that costs more than computing it here.
+    async fn plan(
+        &self,
+        running: &Running,
+        request: RequestId,
+        (tokens, known): (usize, usize),
+        names: &[BlockHash],
+    ) -> Vec<Source> {
+        let block_tokens = self.namer.block_tokens();
+        let overlap_tokens = self.overlap_of(running, names).await;
+        let plan = running.roster.plan_prefill(&PrefillAsk {
+            request,
+            model: &self.model,
+            prompt_tokens: tokens as u64,
+            cached_tokens: (known * block_tokens) as u64,
+            block_tokens: block_tokens as u32,
+            overlap_tokens: &overlap_tokens,
+            suspected: &[],
+        });
+        let sources = plan.map(|plan| plan.sources).unwrap_or_default();
+        sources.iter().map(|s| Source { peer: s.peer, prefill: s.prefill }).collect()
+    }
+
+    async fn hand_off(
+        &self,
+        running: &Running,
+        handoff: HandOff,
+        deadline: Instant,
+    ) -> Option<Brought> {
+        let (request, first) = (handoff.request, handoff.sources[0]);
+        let (ended, outcome) = oneshot::channel();
+        let deadline = deadline.min(Instant::now() + HAND_OFF_MAX);
+        let mut waiting = Waiting { inputs: running.inputs.clone(), request, over: false };
+        running.inputs.send(Input::HandOff { handoff, deadline, ended }).await.ok()?;
+        let brought = Brought { replica: self.replica.clone(), request };
+        let ended = outcome.await;
+        waiting.over = true;
+        let Ended { verified, outcome, took, from_first } = ended.ok()?;
+        let is_complete = matches!(outcome, HandOffOutcome::Complete { .. });
+        if is_complete && from_first && !first.prefill {
+            // Nothing was waited for but the path.
+            let bytes = verified as u64 * u64::from(self.format.block_bytes);
+            running.roster.carried(first.peer, bytes, took);
+        }
+        let end = match outcome {
+            HandOffOutcome::Complete { .. } => End::Done,
+            HandOffOutcome::NoRoom | HandOffOutcome::Rejected(_) => End::Refused,
+            _ => End::Failed,
+        };
+        running.roster.prefill_ended(request, end);
+        Some(brought)
     }
 }
 
 /// Longest wait for blocks from elsewhere.
 const HAND_OFF_MAX: Duration = Duration::from_secs(60);
-const SOURCES_TRIED: usize = 3;

@@ -11,6 +11,7 @@
 //! page.
 
 mod counters;
+mod directory;
 mod handoff;
 mod pool;
 mod streams;
@@ -29,10 +30,11 @@ use tokio_util::sync::CancellationToken;
 pub(crate) use handoff::Brought;
 pub(crate) use pool::{PoolCommand, PoolEvent, PoolQueue, execute, served};
 
-use crate::mesh::{DataStream, FrameStream, Roster};
+use crate::mesh::{CODE_FAILED, Call, DataStream, FrameStream, Roster};
 use crate::metrics::Sample;
 use crate::replica::ReplicaHandle;
 use counters::Counters;
+use directory::Directory;
 use transfers::{Input, Transfers};
 
 /// The transfers of every model of a node.
@@ -48,6 +50,7 @@ pub(crate) struct KvPlane {
 struct State {
     /// Once the node is in a mesh.
     roster: Option<Arc<Roster>>,
+    directory: Option<Arc<Directory>>,
     models: Vec<Arc<ModelKv>>,
 }
 
@@ -64,6 +67,7 @@ pub(crate) struct ModelKv {
 
 struct Running {
     roster: Arc<Roster>,
+    directory: Arc<Directory>,
     inputs: mpsc::Sender<Input>,
 }
 
@@ -74,10 +78,11 @@ impl KvPlane {
 
     /// The node is in a mesh now.
     pub fn join(&self, roster: &Arc<Roster>) {
+        let Some(directory) = Directory::start(roster, self.stop.clone()) else { return };
         let mut state = self.lock();
-        state.roster = Some(roster.clone());
+        (state.roster, state.directory) = (Some(roster.clone()), Some(directory.clone()));
         for (index, model) in state.models.iter().enumerate() {
-            self.start(index, model, roster);
+            self.start(index, model, (roster, &directory));
         }
     }
 
@@ -100,13 +105,18 @@ impl KvPlane {
         let mut state = self.lock();
         let index = state.models.len();
         state.models.push(model.clone());
-        if let Some(roster) = &state.roster {
-            self.start(index, &model, roster);
+        if let (Some(roster), Some(directory)) = (&state.roster, &state.directory) {
+            self.start(index, &model, (roster, directory));
         }
         Some(model)
     }
 
-    fn start(&self, index: usize, model: &ModelKv, roster: &Arc<Roster>) {
+    fn start(
+        &self,
+        index: usize,
+        model: &ModelKv,
+        (roster, directory): (&Arc<Roster>, &Arc<Directory>),
+    ) {
         let stats = model.replica.stats();
         let capacity = stats.blocks_free + stats.blocks_cached + stats.blocks_used;
         let config = TransferConfig {
@@ -114,12 +124,17 @@ impl KvPlane {
             ..TransferConfig::new(model.format, capacity)
         };
         let (inputs, inbox) = mpsc::channel(INPUTS_MAX);
-        let running = Running { roster: roster.clone(), inputs: inputs.clone() };
+        directory.serve(model.format.identity);
+        let running = Running {
+            roster: roster.clone(),
+            directory: directory.clone(),
+            inputs: inputs.clone(),
+        };
         if model.running.set(running).is_err() {
             return;
         }
         let first_attempt = (index as u64) << ATTEMPT_BITS;
-        let told = (self.counters.clone(), inputs);
+        let told = (self.counters.clone(), directory.clone(), inputs);
         let (replica, roster) = (model.replica.clone(), roster.clone());
         let transfers = Transfers::new(config, first_attempt, replica, roster, told);
         tokio::spawn(transfers.run(inbox, self.stop.clone()));
@@ -166,8 +181,21 @@ impl KvPlane {
         }
     }
 
+    /// A member says or asks something about the directory.
+    pub async fn directory_call(&self, call: Call) {
+        let directory = self.lock().directory.clone();
+        match directory {
+            Some(directory) => directory.answer(call).await,
+            // It asks again.
+            None => drop(call.stream.refuse(CODE_FAILED, "this node is starting").await),
+        }
+    }
+
     pub fn samples(&self) -> Vec<Sample> {
-        self.counters.samples()
+        let directory = self.lock().directory.clone();
+        let mut samples = self.counters.samples();
+        samples.extend(directory.iter().flat_map(|directory| directory.samples()));
+        samples
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

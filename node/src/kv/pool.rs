@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use cache::transfer::{BlockDigest, Served, StreamId, TransferId};
-use cache::{BlockHash, BlockId};
+use cache::{BlockHash, BlockId, NameChange};
 use engine::replica::{Replica, ServeEvent};
 use protocol::transfer::KvRefusal;
 use protocol::{Instant, RequestId};
@@ -22,6 +22,8 @@ pub enum PoolCommand {
         names: Vec<BlockHash>,
         reply: oneshot::Sender<usize>,
     },
+    /// Answered by `Named` whenever names have changed, from now on.
+    Watch,
     /// These will come for the request: others that want them wait.
     Begin {
         request: RequestId,
@@ -93,6 +95,8 @@ pub enum PoolEvent {
         transfer: TransferId,
         payloads: Vec<Bytes>,
     },
+    /// Blocks that can be had here now, or not any more.
+    Named(Vec<NameChange>),
 }
 
 /// Commands that wait for the replica, and who hears its answers.
@@ -160,6 +164,7 @@ pub(crate) fn execute(
             // Whoever asked may have left.
             let _ = reply.send(replica.blocks_known(&names));
         }
+        PoolCommand::Watch => replica.watch_names(),
         PoolCommand::Begin { request, names } => replica.begin_hand_off(request, names),
         PoolCommand::Reserve { request, blocks } => {
             let blocks = replica.reserve_blocks(blocks);
@@ -194,4 +199,8 @@ pub(crate) fn served(replica: &mut Replica, events: &mut Vec<PoolEvent>) {
         ServeEvent::Finished { transfer } => PoolEvent::Finished { transfer },
         ServeEvent::Declined { transfer, refusal } => PoolEvent::Declined { transfer, refusal },
     }));
+    let changes = replica.take_name_changes();
+    if !changes.is_empty() {
+        events.push(PoolEvent::Named(changes));
+    }
 }

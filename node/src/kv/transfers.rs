@@ -18,6 +18,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::counters::Counters;
+use super::directory::Directory;
 use super::pool::{PoolCommand, PoolEvent};
 use super::streams::{self, DataOrder, SendOrder};
 use crate::mesh::{DataStream, FrameStream, Roster};
@@ -49,6 +50,9 @@ pub(crate) struct Ended {
     /// Of the missing blocks, from the first on, those that are here now.
     pub verified: usize,
     pub outcome: HandOffOutcome,
+    pub took: Duration,
+    /// No source failed: all came from the first.
+    pub from_first: bool,
 }
 
 /// See the module.
@@ -59,15 +63,23 @@ pub(super) struct Transfers {
     replica: ReplicaHandle,
     roster: Arc<Roster>,
     counters: Arc<Counters>,
+    directory: Arc<Directory>,
+    identity: [u8; 32],
     block_bytes: usize,
     inputs: mpsc::Sender<Input>,
     next_stream: u64,
     next_transfer: u64,
     /// Hand-offs that somebody waits for.
-    waiting: BTreeMap<RequestId, oneshot::Sender<Ended>>,
+    waiting: BTreeMap<RequestId, Waiting>,
     asks: BTreeMap<AttemptId, oneshot::Sender<bool>>,
     data: BTreeMap<StreamId, Incoming>,
     served: BTreeMap<TransferId, Outgoing>,
+}
+
+struct Waiting {
+    since: Moment,
+    from_first: bool,
+    ended: oneshot::Sender<Ended>,
 }
 
 /// A data stream of a peer.
@@ -95,16 +107,18 @@ impl Transfers {
         first_attempt: u64,
         replica: ReplicaHandle,
         roster: Arc<Roster>,
-        (counters, inputs): (Arc<Counters>, mpsc::Sender<Input>),
+        (counters, directory, inputs): (Arc<Counters>, Arc<Directory>, mpsc::Sender<Input>),
     ) -> Self {
         Transfers {
             origin: Moment::now(),
+            identity: config.format.identity,
             block_bytes: config.format.block_bytes as usize,
             receiver: Receiver::counting_from(config.clone(), first_attempt),
             sender: Sender::new(config),
             replica,
             roster,
             counters,
+            directory,
             inputs,
             next_stream: 0,
             next_transfer: 0,
@@ -118,6 +132,7 @@ impl Transfers {
     /// Runs until the replica ends or the node stops.
     pub async fn run(mut self, mut inputs: mpsc::Receiver<Input>, stop: CancellationToken) {
         let mut pool = self.replica.pool_events();
+        self.replica.pool(PoolCommand::Watch);
         loop {
             let next = [self.receiver.next_deadline(), self.sender.next_deadline()];
             let timer = async {
@@ -157,7 +172,8 @@ impl Transfers {
                 let left = deadline.saturating_duration_since(Moment::now());
                 handoff.deadline = self.now() + Duration::from_nanos(left.as_nanos() as u64);
                 let (request, names) = (handoff.request, handoff.missing.clone());
-                self.waiting.insert(request, ended);
+                self.waiting
+                    .insert(request, Waiting { since: Moment::now(), from_first: true, ended });
                 self.replica.pool(PoolCommand::Begin { request, names });
                 self.receive(ReceiverInput::Start(handoff));
             }
@@ -230,6 +246,7 @@ impl Transfers {
                 self.send(SenderInput::Declined { transfer, refusal });
             }
             PoolEvent::Read { transfer, payloads } => self.on_read(transfer, payloads),
+            PoolEvent::Named(changes) => self.directory.changed(self.identity, &changes),
         }
     }
 
@@ -318,15 +335,20 @@ impl Transfers {
             }
             ReceiverOutput::Attempted { request, peer, error, .. } => {
                 self.counters.attempt_failed(&error);
+                if let Some(waiting) = self.waiting.get_mut(&request) {
+                    waiting.from_first = false;
+                }
                 let node = self.roster.name_of(peer);
                 tracing::info!(%request, node, %error, "a peer's KV blocks did not come");
             }
             ReceiverOutput::Ended { request, verified, outcome } => {
-                self.counters.ended(&outcome, verified);
-                tracing::debug!(%request, verified, ?outcome, "a hand-off has ended");
-                match self.waiting.remove(&request) {
-                    Some(waiting) if !waiting.is_closed() => {
-                        let _ = waiting.send(Ended { verified, outcome });
+                let waiting = self.waiting.remove(&request);
+                let took = waiting.as_ref().map_or(Duration::ZERO, |w| w.since.elapsed());
+                self.counters.ended(&outcome, verified, took);
+                tracing::debug!(%request, verified, ?outcome, ?took, "a hand-off has ended");
+                match waiting {
+                    Some(Waiting { ended, from_first, .. }) if !ended.is_closed() => {
+                        let _ = ended.send(Ended { verified, outcome, took, from_first });
                     }
                     // Nobody will submit the request.
                     _ => self.replica.pool(PoolCommand::End { request }),

@@ -13,9 +13,10 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use protocol::backup::{FETCH, KEEP};
+use protocol::directory::{QUERY, REPORT};
 use protocol::frame::Frame;
 use protocol::membership::{Addresses, MembershipStats};
-use protocol::node_record::{NodeRecord, NodeRole, ReplicaRecord, ReplicaState};
+use protocol::node_record::{NodeRecord, ReplicaRecord, ReplicaState};
 use protocol::records::{Records, RecordsConfig, RecordsInput, RecordsOutput};
 use protocol::{Duration, Instant, Machine, NodeId, RequestId};
 use scheduler::journals::{Journals, JournalsConfig};
@@ -105,16 +106,6 @@ pub(super) struct Exchanges {
 struct Known {
     record: NodeRecord,
     heard: Instant,
-}
-
-/// A replica of another node that answers as one here does.
-#[derive(Clone, Debug)]
-pub(crate) struct ReplicaElsewhere {
-    pub node: NodeId,
-    pub role: NodeRole,
-    pub record: ReplicaRecord,
-    /// Suspected, draining, or not ready.
-    pub avoid: bool,
 }
 
 /// A line of `vine peers`.
@@ -253,28 +244,6 @@ impl Roster {
         models.into_values().collect()
     }
 
-    /// Replicas of other nodes with that name and fingerprint.
-    pub(crate) fn replicas_elsewhere(
-        &self,
-        model: &str,
-        fingerprint: &str,
-    ) -> Vec<ReplicaElsewhere> {
-        let (Some(started), Some(_)) = (self.started.get(), self.state.get()) else {
-            return Vec::new();
-        };
-        let suspected = started.members.suspected();
-        let state = self.lock();
-        let of_node = |(&node, known): (&NodeId, &Known)| {
-            let is_it = |r: &&ReplicaRecord| r.model == model && r.fingerprint == fingerprint;
-            let record = known.record.replicas.iter().find(is_it)?.clone();
-            let avoid = suspected.contains(&node)
-                || known.record.draining
-                || record.state != ReplicaState::Ready;
-            Some(ReplicaElsewhere { node, role: known.record.role, record, avoid })
-        };
-        state.nodes.iter().filter_map(of_node).collect()
-    }
-
     /// Where clients can turn to, this node first: members that are well and take requests.
     pub(crate) fn apis(&self) -> Vec<Api> {
         let (Some(started), Some(_)) = (self.started.get(), self.state.get()) else {
@@ -294,6 +263,15 @@ impl Roster {
         let here = Api { node: Some(own), name: record.name.clone(), at: record.api.clone() };
         let all = std::iter::once((record.draining, here)).chain(others.map(other));
         all.filter(|(draining, _)| !draining).map(|(_, api)| api).take(apis::APIS_MAX).collect()
+    }
+
+    /// Whether another node has a replica with that name and fingerprint.
+    pub(crate) fn has_replica_elsewhere(&self, model: &str, fingerprint: &str) -> bool {
+        let is_it = |r: &ReplicaRecord| {
+            r.model == model && r.fingerprint == fingerprint && r.state == ReplicaState::Ready
+        };
+        self.state.get().is_some()
+            && self.lock().nodes.values().any(|known| known.record.replicas.iter().any(is_it))
     }
 
     /// The replica to ask; see [`Router::choose`].
@@ -445,6 +423,16 @@ impl Roster {
 
     pub(super) fn journals(&self) -> &Mutex<Journals> {
         &self.journals
+    }
+
+    /// Every member that is there, this node included, in the order of their ids.
+    pub(crate) fn members_present(&self) -> Vec<NodeId> {
+        let (Some(started), Some(_)) = (self.started.get(), self.state.get()) else {
+            return Vec::new();
+        };
+        let state = self.lock();
+        let all = state.present.iter().copied().chain([started.mesh.node()]);
+        all.collect::<BTreeSet<_>>().into_iter().collect()
     }
 
     /// Other members that are there and not suspected.
@@ -694,6 +682,10 @@ impl Service for Roster {
                     // The caller may be gone; it asks again.
                     let _ = call.stream.reply(own).await;
                 }))
+            }
+            REPORT | QUERY => {
+                let kv = started.app.kv.clone();
+                Ok(Box::pin(async move { kv.directory_call(call).await }))
             }
             KEEP | FETCH => match self.me.upgrade() {
                 Some(roster) => Ok(Box::pin(roster.answer_copies(call))),

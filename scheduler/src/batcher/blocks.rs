@@ -3,7 +3,7 @@
 //! Who takes blocks here gives every one back: by [`Batcher::release_blocks`], or by leaving them to the pool's cache
 //! once they are attached and released.
 
-use cache::{BlockHash, BlockId, Committed, Lookup};
+use cache::{BlockHash, BlockId, Committed, Lookup, NameChange};
 use protocol::SequenceId;
 
 use super::Batcher;
@@ -66,6 +66,16 @@ impl Batcher {
     /// Cached blocks with numbers in `from .. from + n`, and their names.
     pub fn cached_within(&self, from: u32, n: u32) -> Vec<(BlockId, BlockHash)> {
         self.pool.cached_within(from, n).collect()
+    }
+
+    /// From now on [`take_name_changes`](Self::take_name_changes) says what can be found in the pool.
+    pub fn watch_names(&mut self) {
+        self.pool.watch();
+    }
+
+    /// Names stored and removed since the last call, in order.
+    pub fn take_name_changes(&mut self) -> Vec<NameChange> {
+        self.pool.take_changes()
     }
 
     /// References that are held outside of sequences.

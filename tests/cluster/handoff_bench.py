@@ -1,0 +1,94 @@
+#!/usr/bin/env python3
+"""What a hand-off costs: `tests/cluster/handoff_bench.py VINE MODEL.gguf [QUIC_GOODPUT] [ROUNDS] [TOKENS]`.
+
+One node alone, and a mesh of one that prefills and two that decode, a thread each, on loopback. In turns:
+the time to the first token of a new prompt at the node alone, and at a decoder whose prompt the prefiller computes; then the same prompt at the
+other decoder, which fetches what is cached; and one raw stream of quinn (`cargo build --release -p grapevine-node --example
+quic_goodput`). Measures, asserts nothing but that hand-offs took place.
+"""
+
+import http.client
+import json
+import os
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+from handoffs import WORDS, counter
+from nodes import Node, failures, say, until
+
+
+def first_token(node: Node, model: str, prompt: str) -> tuple[float, int, int]:
+    """Seconds until the first token; prompt tokens, and those of them that were not computed here."""
+    connection = http.client.HTTPConnection(*node.api, timeout=300)
+    body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "ignore_eos": True}
+    connection.connect()
+    began = time.monotonic()
+    connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+    answer = json.loads(connection.getresponse().read())
+    took = time.monotonic() - began
+    connection.close()
+    usage = answer["usage"]
+    return took, usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
+
+
+def main() -> int:
+    vine, model, raw, rounds, tokens = (sys.argv[1:] + [None] * 5)[:5]
+    rounds, tokens = int(rounds or 5), int(tokens or 2000)
+    name = os.path.splitext(os.path.basename(model))[0]
+    root = tempfile.mkdtemp(prefix="vine-bench-")
+    common = ["--kv-memory", "1GiB"]
+    alone = Node(os.path.abspath(vine), root, "alone", model=model, options=common)
+    node = lambda n, role: Node(os.path.abspath(vine), root, n, model=model, options=[*common, "--role", role, "--disagg", "always"])
+    p, d1, d2 = node("p", "prefill"), node("d1", "decode"), node("d2", "decode")
+    nodes = [alone, p, d1, d2]
+    try:
+        alone.start()
+        p.start()
+        token = p.invite("--uses", "2")
+        for n in (d1, d2):
+            n.start(token)
+        ready = lambda n: sum(any(m["state"] == "ready" for m in peer["models"] or []) for peer in n.peers()) == 3
+        until("the replicas are known", 60, lambda: all(ready(n) for n in (d1, d2)))
+        local, remote, fetched, rates, raws = [], [], [], [], []
+        for round_ in range(rounds + 1):
+            drawn = random.Random(round_)
+            # These words are a token each, with the blank before them.
+            prompt = f"{round_} " + " ".join(drawn.choice(WORDS) for _ in range(tokens - 8))
+            a, n, _ = first_token(alone, name, prompt)
+            b, _, cached = first_token(d1, name, prompt)
+            read = lambda: [counter(d2, "grapevine_kv_bytes_total{direction=\"in\"}"), counter(d2, "grapevine_kv_hand_off_seconds_total")]
+            before = read()
+            c, _, again = first_token(d2, name, prompt)
+            size, seconds = (after - b4 for after, b4 in zip(read(), before))
+            if not cached or not again or not seconds:
+                say(f"no hand-off in round {round_}: {cached} and {again} tokens cached")
+                failures.append("hand-off")
+                continue
+            # The first round warms up.
+            if round_:
+                local.append(a), remote.append(b), fetched.append(c), rates.append(size / seconds / 1e6)
+                if raw:
+                    out = subprocess.run([raw, "256"], capture_output=True, text=True, timeout=120).stdout
+                    raws.append(statistics.median(float(x) for x in re.findall(r"([\d.]+) MB/s", out)))
+            say(f"{n} tokens, {size / 1e6:.1f} MB: alone {a * 1e3:.0f} ms, computed elsewhere {b * 1e3:.0f} ms ({b / a:.3f}), fetched {c * 1e3:.0f} ms "
+                f"at {size / seconds / 1e6:.0f} MB/s" + (f", one raw stream {raws[-1]:.0f} MB/s" if raws else ""))
+        median = statistics.median
+        say(f"medians: alone {median(local) * 1e3:.0f} ms, elsewhere {median(remote) * 1e3:.0f} ms, ratio {median(r / l for r, l in zip(remote, local)):.3f}; "
+            f"fetched {median(fetched) * 1e3:.0f} ms, {median(rates):.0f} MB/s"
+            + (f", raw {median(raws):.0f} MB/s, ratio {median(r / w for r, w in zip(rates, raws)):.2f}" if raws else ""))
+    finally:
+        for n in nodes:
+            n.kill()
+        shutil.rmtree(root)
+    return 1 if failures else 0
+
+
+sys.exit(main())
