@@ -264,7 +264,7 @@ fn transfers() -> Vec<Vec<u8>> {
         priority: -1,
         first_token: KvFirstToken::Greedy,
     };
-    let end = Some(KvEnd { first_token: Some(6) });
+    let end = Some(KvEnd { first_token: Some(6), cached: 3 });
     let frames = [
         Frame::new(Kind::KV_ASK, &ask(KvWork::Cached)),
         Frame::new(Kind::KV_ASK, &ask(prefill)),

@@ -160,6 +160,8 @@ pub struct KvCommit {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
 pub struct KvEnd {
     pub first_token: Option<TokenId>,
+    /// Of the blocks sent, from the first on, those that the sender had before it was asked.
+    pub cached: u32,
 }
 
 impl KvFormat {
@@ -326,8 +328,12 @@ mod tests {
         golden(Kind::KV_CHUNK, KvChunk { first: 4, blocks: 2 }, &[&[4, 2]]);
         let commit = KvCommit { first: 4, digests: vec![[8; 32]], end: None };
         golden(Kind::KV_COMMIT, commit, &[&[4, 1], &[8; 32], &[0]]);
-        let end = Some(KvEnd { first_token: Some(6) });
-        golden(Kind::KV_COMMIT, KvCommit { first: 4, digests: vec![], end }, &[&[4, 0, 1, 1, 6]]);
+        let end = Some(KvEnd { first_token: Some(6), cached: 3 });
+        golden(
+            Kind::KV_COMMIT,
+            KvCommit { first: 4, digests: vec![], end },
+            &[&[4, 0, 1, 1, 6, 3]],
+        );
     }
 
     #[test]
@@ -408,7 +414,7 @@ mod tests {
             let frame = Frame::new(Kind::KV_CHUNK, &KvChunk { first: u32::MAX, blocks });
             assert_eq!(KvChunk::from_frame(&frame).is_ok(), ok, "{blocks}");
         }
-        let end = Some(KvEnd { first_token: None });
+        let end = Some(KvEnd { first_token: None, cached: 0 });
         for (n, end, ok) in [
             (0, None, false),
             (0, end, true),

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use protocol::frame::{Frame, Kind};
 use protocol::transfer::{
-    self, KV_BLOCKS_MAX, KV_TOKENS_MAX, KvAsk, KvChunk, KvCommit, KvFirstToken, KvFrameError,
-    KvProgress, KvRefusal, KvStream, KvWork,
+    self, KV_BLOCKS_MAX, KV_TOKENS_MAX, KvAsk, KvChunk, KvCommit, KvEnd, KvFirstToken,
+    KvFrameError, KvProgress, KvRefusal, KvStream, KvWork,
 };
 use protocol::{Duration, Instant, Machine, NodeId, RequestId, TenantId, TokenId};
 
@@ -128,9 +128,11 @@ pub enum ReceiverOutput {
 /// How a hand-off ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HandOffOutcome {
-    /// Every block is there. `first_token` is the sender's, if it was asked for.
+    /// Every block is there. `first_token` is the sender's, if it was asked for; `cached` of the last
+    /// sender's blocks were there before it was asked, as far as it has said.
     Complete {
         first_token: Option<TokenId>,
+        cached: u32,
     },
     /// The last source failed, too.
     Incomplete(AttemptError),
@@ -513,15 +515,15 @@ impl Receiver {
             out.push(ReceiverOutput::Attach { request, blocks });
             active.verified += n;
         }
-        let first_token = match commit.end {
+        let KvEnd { first_token, cached } = match commit.end {
             Some(_) if active.verified < active.handoff.missing.len() => {
                 return Err(AttemptError::Exhausted);
             }
-            Some(end) => end.first_token,
+            Some(end) => end,
             None if active.verified < active.handoff.missing.len() || wants_token => return Ok(()),
-            None => None,
+            None => KvEnd { first_token: None, cached: 0 },
         };
-        self.end(request, HandOffOutcome::Complete { first_token }, out);
+        self.end(request, HandOffOutcome::Complete { first_token, cached }, out);
         Ok(())
     }
 

@@ -54,10 +54,11 @@ pub enum SenderInput {
         transfer: TransferId,
         blocks: Vec<BlockId>,
     },
-    /// No more than were `Ready` will come.
+    /// No more than were `Ready` will come, of which the first `cached` had been there before.
     Finished {
         transfer: TransferId,
         first_token: Option<TokenId>,
+        cached: u32,
     },
     /// No more will come, and not because that was all.
     Declined {
@@ -464,16 +465,16 @@ impl Machine for Sender {
                 self.on_control_closed(transfer, finished, out);
             }
             SenderInput::Ready { transfer, blocks } => self.on_ready(now, transfer, blocks, out),
-            SenderInput::Finished { transfer, first_token } => {
+            SenderInput::Finished { transfer, first_token, cached } => {
                 if let Some(serving) = self.serving(transfer) {
-                    serving.end = Some(KvEnd { first_token });
+                    serving.end = Some(KvEnd { first_token, cached });
                     self.pump(now, transfer, out);
                 }
             }
             SenderInput::Declined { transfer, refusal } => {
                 if let Some(serving) = self.serving(transfer) {
                     // Nothing is left to be stopped.
-                    serving.end = Some(KvEnd { first_token: None });
+                    serving.end = Some(KvEnd { first_token: None, cached: 0 });
                     self.refuse(transfer, refusal, out);
                 }
             }

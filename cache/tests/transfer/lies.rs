@@ -285,7 +285,7 @@ impl Sending {
                 match n % 16 {
                     14 => {
                         self.serves.remove(&transfer);
-                        self.give(SenderInput::Finished { transfer, first_token: None });
+                        self.give(SenderInput::Finished { transfer, first_token: None, cached: 0 });
                     }
                     13 => {
                         self.serves.remove(&transfer);

@@ -103,6 +103,6 @@ fn chunk(first: u32, blocks: u32) -> Frame {
 
 fn commit(first: u32, digests: std::ops::Range<u8>, end: Option<Option<u32>>) -> Frame {
     let digests = digests.map(|n| digest(n).0).collect();
-    let end = end.map(|first_token| KvEnd { first_token });
+    let end = end.map(|first_token| KvEnd { first_token, cached: 0 });
     Frame::new(Kind::KV_COMMIT, &KvCommit { first, digests, end })
 }

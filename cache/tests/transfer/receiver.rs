@@ -101,7 +101,7 @@ fn only_who_wants_a_token_waits_for_it() {
     let done = [
         attach(0..2),
         close(FIRST, true),
-        ended(2, HandOffOutcome::Complete { first_token: None }),
+        ended(2, HandOffOutcome::Complete { first_token: None, cached: 0 }),
     ];
     assert_eq!(whole_but_for_the_end(false, KvFirstToken::Greedy), done);
     assert_eq!(whole_but_for_the_end(true, KvFirstToken::Receiver), done);
@@ -135,7 +135,7 @@ fn a_whole_hand_off() {
         ReceiverOutput::Write { stream: STREAM, blocks: blocks(12..13), names: vec![name(2)] };
     assert_eq!(bench.data(chunk(2, 1)), [write]);
     bench.written(2..3);
-    let outcome = HandOffOutcome::Complete { first_token: Some(9) };
+    let outcome = HandOffOutcome::Complete { first_token: Some(9), cached: 0 };
     let expected = [attach(2..3), close(FIRST, true), ended(3, outcome)];
     assert_eq!(bench.data(commit(2, 2..3, Some(Some(9)))), expected);
 

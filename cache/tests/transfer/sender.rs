@@ -106,7 +106,10 @@ fn blocks_leave_as_they_are_filled() {
     assert_eq!(bench.sent(2..4), [unpin(22..24), send_commit(commit(2, 2..4, None), false)]);
     assert_eq!(bench.sender.promised(), 5);
     assert_eq!(bench.ready(24..25), [send(4, 24..25)]);
-    assert_eq!(bench.give(SenderInput::Finished { transfer: ONE, first_token: Some(6) }), []);
+    assert_eq!(
+        bench.give(SenderInput::Finished { transfer: ONE, first_token: Some(6), cached: 0 }),
+        []
+    );
     let last = send_commit(commit(4, 4..5, Some(Some(6))), true);
     assert_eq!(bench.sent(4..5), [unpin(24..25), last]);
     assert_eq!((bench.sender.promised(), bench.sender.in_flight()), (0, 1));
@@ -120,7 +123,7 @@ fn blocks_leave_as_they_are_filled() {
 fn the_end_is_said_behind_the_last_block() {
     let mut bench = Bench::asked();
     bench.ready(20..23);
-    bench.give(SenderInput::Finished { transfer: ONE, first_token: Some(6) });
+    bench.give(SenderInput::Finished { transfer: ONE, first_token: Some(6), cached: 0 });
     let expected = [unpin(20..22), send_commit(commit(0, 0..2, None), false), send(2, 22..23)];
     assert_eq!(bench.sent(0..2), expected);
     let last = send_commit(commit(2, 2..3, Some(Some(6))), true);
@@ -132,12 +135,12 @@ fn the_last_commit_may_be_empty_and_nothing_is_a_refusal() {
     let mut bench = Bench::asked();
     bench.ready(20..22);
     bench.sent(0..2);
-    let out = bench.give(SenderInput::Finished { transfer: ONE, first_token: None });
+    let out = bench.give(SenderInput::Finished { transfer: ONE, first_token: None, cached: 0 });
     assert_eq!(out, [send_commit(commit(2, 0..0, Some(None)), true)]);
 
     let mut bench = Bench::new();
     bench.ask(1, &KvAsk { work: KvWork::Cached, ..ask(5) });
-    let out = bench.give(SenderInput::Finished { transfer: ONE, first_token: None });
+    let out = bench.give(SenderInput::Finished { transfer: ONE, first_token: None, cached: 0 });
     let refusal = KvRefusal::Absent;
     let close = SenderOutput::Close { transfer: ONE };
     let expected =
@@ -249,7 +252,7 @@ fn every_wait_ends() {
     let mut bench = Bench::asked();
     bench.ready(20..22);
     bench.sent(0..2);
-    bench.give(SenderInput::Finished { transfer: ONE, first_token: None });
+    bench.give(SenderInput::Finished { transfer: ONE, first_token: None, cached: 0 });
     bench.now = at(1000);
     let out = bench.give(SenderInput::Timer);
     assert!(late(&out) && bench.is_clean(), "{out:?}");

@@ -21,8 +21,8 @@ use crate::executor::BlockWriteError;
 pub enum ServeEvent {
     /// The next of the wanted blocks, pinned until [`Replica::release_blocks`].
     Ready { transfer: TransferId, blocks: Vec<BlockId> },
-    /// No more will come.
-    Finished { transfer: TransferId },
+    /// No more will come. The first `cached` blocks were here before they were asked for.
+    Finished { transfer: TransferId, cached: usize },
     /// No more will come, and not because that was all.
     Declined { transfer: TransferId, refusal: KvRefusal },
 }
@@ -46,6 +46,8 @@ struct Incoming {
 struct Serving {
     names: Vec<BlockHash>,
     pinned: usize,
+    /// Of them, those that nobody had to compute for this.
+    cached: usize,
     sequence: Option<SequenceId>,
 }
 
@@ -160,9 +162,12 @@ impl Replica {
                 }
             }
         };
-        let serving = Serving { names, pinned: 0, sequence: None };
+        let serving = Serving { names, pinned: 0, cached: 0, sequence: None };
         self.transfers.serving.insert(transfer, serving);
         let complete = self.pin_ready(transfer);
+        if let Some(serving) = self.transfers.serving.get_mut(&transfer) {
+            serving.cached = serving.pinned;
+        }
         match prompt {
             Some((tenant, tokens, priority)) if !complete => {
                 if let Err(refusal) = self.prefill(now, transfer, (tenant, tokens), priority) {
@@ -266,8 +271,8 @@ impl Replica {
     }
 
     fn finish_serving(&mut self, transfer: TransferId) {
-        if self.transfers.serving.remove(&transfer).is_some() {
-            self.transfers.events.push(ServeEvent::Finished { transfer });
+        if let Some(Serving { cached, .. }) = self.transfers.serving.remove(&transfer) {
+            self.transfers.events.push(ServeEvent::Finished { transfer, cached });
         }
     }
 

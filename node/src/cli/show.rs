@@ -74,7 +74,7 @@ impl Show {
             asked.tokens,
             asked.blocks,
             asked.bytes / 1024.0,
-            asked.tokens - asked.cached
+            asked.tokens - asked.blocks * BLOCK_TOKENS
         ));
         Ok((asked.json(fleet), writer))
     }
@@ -88,20 +88,25 @@ impl Show {
             let at = 1 + (first + turn) % decoders;
             let asked = self.ask(fleet, at, question).await?;
             let writer = asked.writer.unwrap_or(first);
-            // Of the part that both prompts share, nothing may have been computed by anybody.
-            let computed = asked.read + asked.tokens - asked.cached;
+            // The part that both prompts share may not have been computed by anybody.
             ensure!(
-                computed * 2 < asked.tokens,
-                "a prompt of {} tokens was computed again: {computed} tokens of it",
-                asked.tokens
+                asked.cached * 2 > asked.tokens && asked.read * 2 < asked.tokens,
+                "a prompt was computed again: {} of its {} tokens were cached, {} computed elsewhere",
+                asked.cached,
+                asked.tokens,
+                asked.read
             );
             if writer == first && decoders > 1 {
                 continue;
             }
             self.say(&format!(
-                "The same text with another question: {} has never seen it, and gets it as KV blocks.\n  Of its \
-                 {} tokens, {} came from elsewhere, and {computed} were computed, here and there together.",
-                fleet.nodes[writer].name, asked.tokens, asked.cached
+                "The same text with another question: {} has never seen it, and got it as KV blocks.\n  Of \
+                 {} tokens, {} came out of another node's cache; {} computed {} of the rest.",
+                fleet.nodes[writer].name,
+                asked.tokens,
+                asked.cached,
+                fleet.nodes[0].name,
+                asked.read
             ));
             return Ok(asked.json(fleet));
         }
@@ -197,7 +202,7 @@ struct Told {
 
 /// A question and what the nodes did for it.
 struct Asked {
-    /// Of the prompt, and those that the writer did not compute.
+    /// Of the prompt, and those that were cached somewhere.
     tokens: u64,
     cached: u64,
     /// In the steps of the node that prefills.
@@ -289,6 +294,7 @@ const COUNTERS: [&str; 4] = [
     "grapevine_kv_blocks_attached_total",
     "grapevine_kv_bytes_total{direction=\"in\"}",
 ];
+const BLOCK_TOKENS: u64 = 16;
 const STEP_TOKENS: usize = 0;
 const HAND_OFFS: usize = 1;
 const BLOCKS: usize = 2;

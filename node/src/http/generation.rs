@@ -48,6 +48,9 @@ pub(crate) struct Generation {
     choices_open: usize,
     prompt_tokens: u64,
     cached_tokens: Vec<Option<usize>>,
+    /// Of each part's prompt, tokens that another node has computed for it: they lie in the cache, but were
+    /// not there before.
+    computed_elsewhere: Vec<usize>,
     choices: Vec<ChoiceTimes>,
     generated: u64,
     /// Tokens that another replica has drawn, and counted.
@@ -84,11 +87,13 @@ impl Generation {
         let submitting = async {
             // Kept until the sequences are submitted.
             let brought = bring(&model, &parts, caller.deadline).await;
-            let submitted = model.replica.submit(parts).await;
+            let computed = brought.iter().map(|b| b.as_ref().map_or(0, |b| b.computed_tokens));
+            let computed: Vec<usize> = computed.collect();
+            let submitted = model.replica.submit(parts).await?;
             drop(brought);
-            submitted
+            Ok((submitted, computed))
         };
-        let (replayed, events) = tokio::select! {
+        let ((replayed, events), computed_elsewhere) = tokio::select! {
             submitted = submitting => submitted.map_err(submit_error)?,
             () = cancel.cancelled() => return Err(super::shutting_down()),
         };
@@ -104,6 +109,7 @@ impl Generation {
             choices_open: choices,
             prompt_tokens,
             cached_tokens,
+            computed_elsewhere,
             choices: vec![ChoiceTimes::default(); choices],
             generated: 0,
             generated_before: 0,
@@ -159,8 +165,11 @@ impl Generation {
     }
 
     /// `stood` says that the event stands in the journal already: others have counted it.
-    fn take(&mut self, (part, event): PartEvent, stood: bool) -> Option<Update> {
+    fn take(&mut self, (part, mut event): PartEvent, stood: bool) -> Option<Update> {
         let base = part * self.choices_per_part;
+        if let (Event::Started { cached_tokens, .. }, false) = (&mut event, stood) {
+            *cached_tokens = cached_tokens.saturating_sub(self.computed_elsewhere[part]);
+        }
         if let Event::Started { cached_tokens, .. } = event {
             // Of several choices the first one tells what was cached before the request; of several
             // replicas, too.
@@ -253,15 +262,15 @@ impl Drop for Generation {
 }
 
 /// Gets what of the prompts is better had from other nodes than computed here.
-async fn bring(model: &Model, parts: &[Work], deadline: Instant) -> Vec<Brought> {
-    let Some(kv) = &model.kv else { return Vec::new() };
+async fn bring(model: &Model, parts: &[Work], deadline: Instant) -> Vec<Option<Brought>> {
+    let Some(kv) = &model.kv else { return parts.iter().map(|_| None).collect() };
     let brought = parts.iter().map(|part| async move {
         match part {
             Work::Generate(request) => kv.bring(request, deadline).await,
             Work::Embed(_) | Work::Score(_) => None,
         }
     });
-    futures_util::future::join_all(brought).await.into_iter().flatten().collect()
+    futures_util::future::join_all(brought).await
 }
 
 /// Has each part go on where the journal ends.

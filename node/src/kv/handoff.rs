@@ -24,6 +24,8 @@ use crate::replica::ReplicaHandle;
 pub(crate) struct Brought {
     replica: ReplicaHandle,
     request: RequestId,
+    /// Tokens that another node has computed for this request: no cache had them.
+    pub computed_tokens: usize,
 }
 
 impl Drop for Brought {
@@ -147,7 +149,7 @@ impl ModelKv {
         let deadline = deadline.min(Instant::now() + HAND_OFF_MAX);
         let mut waiting = Waiting { inputs: running.inputs.clone(), request, over: false };
         running.inputs.send(Input::HandOff { handoff, deadline, ended }).await.ok()?;
-        let brought = Brought { replica: self.replica.clone(), request };
+        let mut brought = Brought { replica: self.replica.clone(), request, computed_tokens: 0 };
         let ended = outcome.await;
         waiting.over = true;
         let Ended { verified, outcome, took, from_first } = ended.ok()?;
@@ -157,6 +159,12 @@ impl ModelKv {
             let bytes = verified as u64 * u64::from(self.format.block_bytes);
             running.roster.carried(first.peer, bytes, took);
         }
+        let cached = match outcome {
+            HandOffOutcome::Complete { cached, .. } => (cached as usize).min(verified),
+            _ if first.prefill => 0,
+            _ => verified,
+        };
+        brought.computed_tokens = (verified - cached) * self.namer.block_tokens();
         let end = match outcome {
             HandOffOutcome::Complete { .. } => End::Done,
             HandOffOutcome::NoRoom | HandOffOutcome::Rejected(_) => End::Refused,

@@ -85,6 +85,7 @@ pub enum PoolEvent {
     },
     Finished {
         transfer: TransferId,
+        cached: usize,
     },
     Declined {
         transfer: TransferId,
@@ -196,7 +197,7 @@ pub(crate) fn execute(
 pub(crate) fn served(replica: &mut Replica, events: &mut Vec<PoolEvent>) {
     events.extend(replica.take_serve_events().into_iter().map(|event| match event {
         ServeEvent::Ready { transfer, blocks } => PoolEvent::Ready { transfer, blocks },
-        ServeEvent::Finished { transfer } => PoolEvent::Finished { transfer },
+        ServeEvent::Finished { transfer, cached } => PoolEvent::Finished { transfer, cached },
         ServeEvent::Declined { transfer, refusal } => PoolEvent::Declined { transfer, refusal },
     }));
     let changes = replica.take_name_changes();

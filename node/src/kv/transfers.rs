@@ -239,8 +239,9 @@ impl Transfers {
             PoolEvent::Ready { transfer, blocks } => {
                 self.send(SenderInput::Ready { transfer, blocks });
             }
-            PoolEvent::Finished { transfer } => {
-                self.send(SenderInput::Finished { transfer, first_token: None });
+            PoolEvent::Finished { transfer, cached } => {
+                let cached = u32::try_from(cached).unwrap_or(u32::MAX);
+                self.send(SenderInput::Finished { transfer, first_token: None, cached });
             }
             PoolEvent::Declined { transfer, refusal } => {
                 self.send(SenderInput::Declined { transfer, refusal });

@@ -284,7 +284,7 @@ impl KvNode {
         }
         let Some(prompt) = &work.prompt else {
             self.end_work(transfer);
-            let finished = SenderInput::Finished { transfer, first_token: None };
+            let finished = SenderInput::Finished { transfer, first_token: None, cached: 0 };
             return self.answer(MachineInput::Sender(finished));
         };
         if work.held.len() < work.names.len() {
@@ -306,7 +306,11 @@ impl KvNode {
             matches!(work.served.work, KvWork::Prefill { first_token: KvFirstToken::Greedy, .. });
         let first_token = greedy.then(|| model.answer(prompt, 1)[0]);
         self.end_work(transfer);
-        self.answer(MachineInput::Sender(SenderInput::Finished { transfer, first_token }));
+        self.answer(MachineInput::Sender(SenderInput::Finished {
+            transfer,
+            first_token,
+            cached: 0,
+        }));
     }
 
     fn end_work(&mut self, transfer: TransferId) {

@@ -383,7 +383,7 @@ impl KvNode {
         if sequence.fetched != verified {
             self.ledger.broken(self.me, format_args!("{request}: {verified} were not attached"));
         }
-        if let HandOffOutcome::Complete { first_token } = *outcome
+        if let HandOffOutcome::Complete { first_token, .. } = *outcome
             && (first_token.is_some_and(|token| token != sequence.answer[0]) || !complete)
         {
             self.ledger.broken(self.me, format_args!("{request}: a wrong first token"));
