@@ -6,6 +6,7 @@
 
 pub mod actor;
 pub mod clock;
+pub mod directory;
 pub mod disk;
 pub mod fault;
 pub mod foca;

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Context, bail, ensure};
 use clap::{Parser, Subcommand};
 use protocol::membership::MemberView;
+use sim::directory::{self, Rates, traffic};
 use sim::scenario::{Outcome, Scenario};
 use sim::transfer::{Counts, Fate, Plan, event_faults, with_faults};
 use sim::vine::{SimContact, SimId};
@@ -61,6 +62,19 @@ enum Command {
     },
     /// Hand-offs of KV blocks: one seed of mixed faults, its plan and what became of its requests.
     TransferReplay { seed: u64 },
+    /// The directory of KV blocks: seeds of mixed faults, then what nodes send at some rates.
+    Directory {
+        #[arg(long, default_value_t = 0)]
+        first: u64,
+        #[arg(long, default_value_t = 100)]
+        count: u64,
+        /// Measures bytes in meshes of so many nodes; none are measured without it.
+        #[arg(long, value_delimiter = ',')]
+        nodes: Vec<usize>,
+        /// Seconds measured.
+        #[arg(long, default_value_t = 30)]
+        seconds: u64,
+    },
 }
 
 fn main() -> anyhow::Result<()> {
@@ -115,6 +129,13 @@ fn main() -> anyhow::Result<()> {
             ensure!(outcome.broken.is_empty(), "{}", outcome.broken.join("\n"));
             Ok(())
         }
+        Command::Directory { first, count, nodes, seconds } => {
+            directories(first, count)?;
+            for nodes in nodes {
+                directory_traffic(nodes, seconds);
+            }
+            Ok(())
+        }
         Command::Replay { seed } => {
             let scenario = Scenario::mixed(seed);
             let outcome = scenario.simulate(false);
@@ -162,6 +183,40 @@ fn transfer_events(first: u64, count: u64) -> anyhow::Result<()> {
     println!("{runs} runs of {count} seeds from {first}, {events} events, {failed} failed");
     ensure!(failed == 0, "{failed} runs failed");
     Ok(())
+}
+
+fn directories(first: u64, count: u64) -> anyhow::Result<()> {
+    let (mut failed, mut events, mut sum) = (0, 0, directory::Counts::default());
+    for seed in first..first + count {
+        let outcome = directory::Plan::mixed(seed, None).run(false);
+        events += outcome.events;
+        sum.add(&outcome.counts);
+        if !outcome.broken.is_empty() {
+            failed += 1;
+            println!("seed {seed}: {}", outcome.broken.join("; "));
+        }
+    }
+    println!("{sum:#?}");
+    println!("{count} seeds from {first}, {events} events, {failed} failed");
+    ensure!(failed == 0, "{failed} seeds failed");
+    Ok(())
+}
+
+/// One line of a table for each rate of blocks, the last for nodes that compute as fast as a large GPU.
+fn directory_traffic(nodes: usize, seconds: u64) {
+    println!(
+        "| nodes | owners | stored and removed /s | reporter sends B/s | owner sends B/s | owner receives B/s |"
+    );
+    for (prompts_per_s, blocks_per_prompt) in [(0.0, 1), (2.0, 30), (10.0, 50), (20.0, 60)] {
+        for owners in [2, 8] {
+            let rates = Rates { prompts_per_s, blocks_per_prompt, owners };
+            let sum = traffic(1, nodes, rates, seconds);
+            println!(
+                "| {nodes} | {owners} | {:.0} | {:.0} | {:.0} | {:.0} |",
+                sum.events_per_s, sum.reporter, sum.owner, sum.owner_receives
+            );
+        }
+    }
 }
 
 fn print_trace(scenario: &Scenario, outcome: &Outcome) {
