@@ -140,19 +140,28 @@ impl Index {
     pub fn query(&self, names: &[ShortName], n: usize, turn: u64) -> Vec<(Slot, u32)> {
         let mut current = self.alive;
         let mut fallen: Vec<(u32, Slots)> = Vec::new();
-        for (blocks, name) in (0..).zip(names) {
-            let next = match self.by_name.get(&name.number()) {
-                Some(row) => self.rows[*row as usize].holders.among(&current),
-                None => Slots::NONE,
-            };
-            if next != current {
-                if blocks > 0 {
-                    fallen.push((blocks, current.without(&next)));
+        // Rows are looked up some at a time: the waits for memory overlap.
+        let mut blocks = 0;
+        'names: for some in names.chunks(LOOKUPS) {
+            let mut rows = [None; LOOKUPS];
+            for (row, name) in rows.iter_mut().zip(some) {
+                *row = self.by_name.get(&name.number()).copied();
+            }
+            for row in &rows[..some.len()] {
+                let next = match row {
+                    Some(row) => self.rows[*row as usize].holders.among(&current),
+                    None => Slots::NONE,
+                };
+                if next != current {
+                    if blocks > 0 {
+                        fallen.push((blocks, current.without(&next)));
+                    }
+                    current = next;
+                    if current == Slots::NONE {
+                        break 'names;
+                    }
                 }
-                current = next;
-                if current == Slots::NONE {
-                    break;
-                }
+                blocks += 1;
             }
         }
         if current != Slots::NONE && !names.is_empty() {
@@ -367,6 +376,8 @@ impl Hasher for NameHasher {
 
 /// Nodes of one part, those included whose names are still being removed.
 pub(super) const SLOTS: usize = 1024;
+/// Names looked up before the first row is looked at.
+const LOOKUPS: usize = 16;
 /// Holders that a row has room for.
 const FEW: usize = 7;
 

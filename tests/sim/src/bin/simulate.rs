@@ -130,7 +130,9 @@ fn main() -> anyhow::Result<()> {
             Ok(())
         }
         Command::Directory { first, count, nodes, seconds } => {
-            directories(first, count)?;
+            if count > 0 {
+                directories(first, count)?;
+            }
             for nodes in nodes {
                 directory_traffic(nodes, seconds);
             }
