@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use grapevine::{Client, Error, Request};
 
 const USAGE: &str = "chat [--endpoint URL]... [--key KEY] [--model NAME] [--set FIELD=JSON]... \
-                     [--take EVENTS] PROMPT";
+                     [--take EVENTS | --whole] PROMPT";
 
 struct Arguments {
     endpoints: Vec<String>,
@@ -21,6 +21,8 @@ struct Arguments {
     fields: Vec<(String, serde_json::Value)>,
     /// The stream is let go after so many events.
     take: usize,
+    /// All of the answer at its end, as JSON.
+    whole: bool,
     prompt: String,
 }
 
@@ -32,6 +34,7 @@ impl Arguments {
             model: "demo".to_owned(),
             fields: Vec::new(),
             take: usize::MAX,
+            whole: false,
             prompt: String::new(),
         };
         let mut words = std::env::args().skip(1);
@@ -40,6 +43,7 @@ impl Arguments {
                 "--endpoint" => arguments.endpoints.push(words.next()?),
                 "--key" => arguments.key = Some(words.next()?),
                 "--model" => arguments.model = words.next()?,
+                "--whole" => arguments.whole = true,
                 "--take" => arguments.take = words.next()?.parse().ok()?,
                 "--set" => {
                     let (field, json) =
@@ -84,6 +88,11 @@ async fn run(arguments: &Arguments) -> Result<(), Error> {
     let fields = arguments.fields.iter();
     let request = fields.fold(request, |request, (field, value)| request.set(field, value));
 
+    if arguments.whole {
+        let answer = client.chat(&request).await?;
+        println!("{}", serde_json::to_string(&answer).expect("an answer was JSON"));
+        return Ok(());
+    }
     let mut answer = client.chat_stream(&request);
     let mut resumed = 0;
     for _ in 0..arguments.take {

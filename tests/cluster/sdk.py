@@ -2,6 +2,7 @@
 prints the same text whatever happens to the one that it asks.
 """
 
+import json
 import os
 import re
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import threading
 
 from nodes import Node, check, say, until, wait
-from streams import Slow, replicas, revive
+from streams import Slow, plain, replicas, revive
 
 PROMPT = "Tell me a short story about Mia."
 GREEDY = ["--set", "temperature=0", "--set", "max_tokens=160"]
@@ -78,16 +79,38 @@ def struck(program: str, asked: Node, slow_nodes: list[Node], options: list[str]
         return chat.read(on_bytes)
 
 
+def whole(program: str, node: Node) -> None:
+    """An answer in one piece is, field by field, the one that the node gives without streaming."""
+    tool = {"type": "function", "function": {"name": "look_up", "parameters": {
+        "type": "object", "properties": {"word": {"type": "string", "maxLength": 8}}, "required": ["word"]}}}
+    for what, fields in {
+        "two choices with log-probabilities": {"n": 2, "logprobs": True, "top_logprobs": 2, "temperature": 0.9},
+        "a call of a tool": {"tools": [tool], "tool_choice": "required", "temperature": 0.5},
+    }.items():
+        fields |= {"seed": 5, "max_tokens": 60}
+        options = [option for field, value in fields.items() for option in ("--set", f"{field}={json.dumps(value)}")]
+        ours = Chat(program, node, "--whole", *options).read()
+        connection = node.connect(60)
+        body = {"model": "demo", "messages": [{"role": "user", "content": PROMPT}]} | fields
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
+        theirs = connection.getresponse().read().decode()
+        connection.close()
+        same = ours.process.returncode == 0 and plain(ours.text.decode()) == plain(theirs)
+        check(f"{what}: in one piece, the client gives what the node gives", same, "" if same else f"{ours.text} {ours.said} {theirs}")
+
+
 def lets_go(program: str, nodes: list[Node]) -> None:
     """A stream that is dropped while its process lives on leaves nothing behind."""
     asked, idle = nodes[0], lambda: all(node.running() == 0 for node in nodes)
+    # Counted where it ran.
+    cancelled_all = lambda: sum(map(cancelled, nodes))
     until("nothing runs", 10, idle)
-    before = cancelled(asked)
+    before = cancelled_all()
     with Slow(nodes):
         chat = Chat(program, asked, "--set", "max_tokens=900", "--set", "temperature=1", "--take", "3")
         line = chat.process.stderr.readline()
         check("a stream is let go after three events", b"let go" in line, line)
-    until("its request is cancelled", 10, lambda: cancelled(asked) == before + 1)
+    until("its request is cancelled", 10, lambda: cancelled_all() == before + 1)
     until("no node computes for it any more", 10, idle)
     used = [re.findall(r'^grapevine_kv_blocks\{[^}]*state="used"\} (\d+)', node.get("/metrics"), re.M) for node in nodes]
     check("and none holds blocks, while the client lives", used == [["0"]] * len(nodes) and chat.process.poll() is None, used)

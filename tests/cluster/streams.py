@@ -127,7 +127,7 @@ def plain(data: str) -> str:
         chunk.pop(key, None)
     (chunk.get("usage") or {}).pop("prompt_tokens_details", None)
     # Calls of tools would be named after the request, too.
-    return re.sub(r"call_[0-9a-f]+", "call", json.dumps(chunk, sort_keys=True))
+    return re.sub(r"call_[0-9A-Za-z]+", "call", json.dumps(chunk, sort_keys=True))
 
 
 BROKEN = (OSError, ValueError, http.client.HTTPException)
