@@ -86,7 +86,7 @@ def prefiller_struck(fleet: Fleet, places: int) -> None:
     """The prefiller dies or falls silent at some moment of the hand-off."""
     for name, number in [("SIGKILL", signal.SIGKILL), ("SIGSTOP", signal.SIGSTOP)]:
         wrong, firsts = [], []
-        outcomes = lambda: [handed_over(fleet.d1, o) for o in ("complete", "incomplete", "deadline")]
+        outcomes = lambda: [sum(handed_over(node, o) for node in (fleet.d1, fleet.d2)) for o in ("complete", "incomplete", "deadline")]
         before = outcomes()
         for place in range(places):
             request, whole = fleet.request(KINDS["greedy"])

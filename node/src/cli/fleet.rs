@@ -17,7 +17,6 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 
-use super::client::Client;
 use super::mesh::ask_local;
 
 /// Running nodes and the folder where they keep their state. Dropping it ends them at once.
@@ -140,14 +139,21 @@ impl Fleet {
         }
     }
 
+    /// Waits until each node sees that all of them are there and their models are ready.
     async fn wait_until_one(&self) -> anyhow::Result<()> {
-        let first = Client::new(&self.nodes[0].url, None)?;
         let begin = std::time::Instant::now();
         while begin.elapsed() < MESH_LIMIT {
-            let peers = self.peers().await?;
-            let members = peers["peers"].as_array().map_or(&[][..], Vec::as_slice);
-            let known = members.iter().filter(|m| m["state"] == "alive" && !m["models"].is_null());
-            if known.count() == self.nodes.len() && !first.models().await?.is_empty() {
+            let mut all = true;
+            for node in &self.nodes {
+                let peers = ask_local(&node.data, Method::GET, "/mesh/peers", None).await?;
+                let members = peers["peers"].as_array().map_or(&[][..], Vec::as_slice);
+                let is_ready = |m: &&Value| {
+                    let models = m["models"].as_array().map_or(&[][..], Vec::as_slice);
+                    m["state"] == "alive" && models.iter().any(|model| model["state"] == "ready")
+                };
+                all &= members.iter().filter(is_ready).count() == self.nodes.len();
+            }
+            if all {
                 return Ok(());
             }
             tokio::time::sleep(LOOK_AGAIN).await;
