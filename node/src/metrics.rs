@@ -7,6 +7,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use cache::tiers::TiersStats;
 use metrics::{Counter, Gauge, Histogram, Key, KeyName, Label, Level, Metadata, Recorder};
 use metrics_exporter_prometheus::{
     BuildError, Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
@@ -174,6 +175,20 @@ impl Metrics {
             step_time: self.histogram(STEP_TIME, &plain),
             step_tokens: self.counter(STEP_TOKENS, &plain),
             slow_clients: self.counter(SLOW_CLIENTS, &plain),
+            tiers: [self.tier(model, "host"), self.tier(model, "disk")],
+            tier_paused: self.gauge(KV_TIER_PAUSED, &plain),
+            fetches_late: self.counter(KV_FETCHES_LATE, &plain),
+        }
+    }
+
+    fn tier(&self, model: &str, tier: &'static str) -> TierMetrics {
+        let labels = [(MODEL, model), ("tier", tier)];
+        TierMetrics {
+            blocks: self.gauge(KV_TIER_BLOCKS, &labels),
+            hits: self.counter(KV_TIER_HITS, &labels),
+            stored: self.counter(KV_TIER_STORED, &labels),
+            dropped: self.counter(KV_TIER_DROPPED, &labels),
+            corrupt: self.counter(KV_TIER_CORRUPT, &labels),
         }
     }
 
@@ -262,6 +277,35 @@ pub struct ModelMetrics {
     pub step_tokens: Counter,
     /// Streams given up because their client read too slowly.
     pub slow_clients: Counter,
+    /// Host memory and disk.
+    tiers: [TierMetrics; 2],
+    tier_paused: Gauge,
+    fetches_late: Counter,
+}
+
+/// Handles of one tier below a model's pool.
+#[derive(Clone)]
+struct TierMetrics {
+    blocks: Gauge,
+    hits: Counter,
+    stored: Counter,
+    dropped: Counter,
+    corrupt: Counter,
+}
+
+impl ModelMetrics {
+    /// Shows what lies below the pool.
+    pub fn show_tiers(&self, stats: &TiersStats) {
+        for (shown, tier) in self.tiers.iter().zip([&stats.host, &stats.disk]) {
+            shown.blocks.set(tier.blocks as f64);
+            shown.hits.absolute(tier.hits);
+            shown.stored.absolute(tier.stored);
+            shown.dropped.absolute(tier.dropped);
+            shown.corrupt.absolute(tier.corrupt);
+        }
+        self.tier_paused.set(f64::from(u8::from(stats.disk_is_paused)));
+        self.fetches_late.absolute(stats.fetches_late);
+    }
 }
 
 /// Handles of the overlay plane's metrics.
@@ -339,6 +383,13 @@ const INTER_TOKEN_LATENCY: &str = "grapevine_inter_token_latency_seconds";
 const QUEUE_TIME: &str = "grapevine_queue_time_seconds";
 const CACHED_TOKENS: &str = "grapevine_prefix_cache_hit_tokens_total";
 const KV_BLOCKS: &str = "grapevine_kv_blocks";
+const KV_TIER_BLOCKS: &str = "grapevine_kv_tier_blocks";
+const KV_TIER_HITS: &str = "grapevine_kv_tier_hits_total";
+const KV_TIER_STORED: &str = "grapevine_kv_tier_stored_total";
+const KV_TIER_DROPPED: &str = "grapevine_kv_tier_dropped_total";
+const KV_TIER_CORRUPT: &str = "grapevine_kv_tier_corrupt_total";
+const KV_TIER_PAUSED: &str = "grapevine_kv_tier_paused";
+const KV_FETCHES_LATE: &str = "grapevine_kv_fetches_late_total";
 const SEQUENCES: &str = "grapevine_sequences";
 const PREEMPTIONS: &str = "grapevine_preemptions_total";
 const STEP_TIME: &str = "grapevine_step_duration_seconds";
@@ -374,6 +425,13 @@ const HELP: &[(&str, &str)] = &[
     (QUEUE_TIME, "arrival of a request until its first step"),
     (CACHED_TOKENS, "prompt tokens whose KV was in the prefix cache"),
     (KV_BLOCKS, "blocks of the KV cache, by state: free, used or cached"),
+    (KV_TIER_BLOCKS, "KV blocks kept below the pool, by tier: host or disk"),
+    (KV_TIER_HITS, "blocks that came up into the pool, by tier"),
+    (KV_TIER_STORED, "blocks put into a tier"),
+    (KV_TIER_DROPPED, "blocks that a tier forgot for want of room or of a working disk"),
+    (KV_TIER_CORRUPT, "records that did not verify"),
+    (KV_TIER_PAUSED, "1 while the disk is left alone because it failed"),
+    (KV_FETCHES_LATE, "fetches given up because computing would have been as fast"),
     (SEQUENCES, "sequences, by state: running or waiting"),
     (PREEMPTIONS, "sequences that gave their blocks up to others and start again"),
     (STEP_TIME, "one forward pass of a batch, sampling included"),

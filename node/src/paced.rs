@@ -52,4 +52,8 @@ impl Core for Paced {
     fn has_work(&self) -> bool {
         self.core.has_work()
     }
+
+    fn idle(&mut self, now: Instant) -> bool {
+        self.core.idle(now)
+    }
 }

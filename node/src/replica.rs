@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use cache::tiers::TiersStats;
 use engine::replica::{
     EmbedRequest, Event, Events, GenerateRequest, Replica, RequestError, ScoreRequest,
 };
@@ -44,6 +45,11 @@ pub trait Core: Send + 'static {
     fn served(&mut self, _events: &mut Vec<PoolEvent>) {}
     /// Whether there is something to compute though no request is open: prefills for peers.
     fn has_work(&self) -> bool {
+        false
+    }
+    /// What can be done while no request is open, a little at a time. True if it wants to be called
+    /// again soon.
+    fn idle(&mut self, _now: Instant) -> bool {
         false
     }
 }
@@ -95,6 +101,8 @@ pub struct Stats {
     pub prompt_rate: u32,
     /// Since the start.
     pub preemptions: u64,
+    /// What lies below the pool, if anything does.
+    pub tiers: Option<TiersStats>,
 }
 
 impl Core for Replica {
@@ -112,7 +120,9 @@ impl Core for Replica {
     }
 
     fn step(&mut self, clock: &dyn Fn() -> Instant, events: &mut Events) -> StepReport {
-        match Replica::step(self, clock, events) {
+        let report = Replica::step(self, clock, events);
+        log_findings(self);
+        match report {
             Some(report) => StepReport { tokens: report.prefill_tokens + report.decode_tokens },
             None => {
                 self.tick(clock(), events);
@@ -132,6 +142,7 @@ impl Core for Replica {
             prompt_tokens_left: stats.prompt_tokens_left,
             prompt_rate: stats.prompt_rate,
             preemptions: stats.preemptions,
+            tiers: self.tier_stats(),
         }
     }
 
@@ -149,6 +160,18 @@ impl Core for Replica {
 
     fn has_work(&self) -> bool {
         Replica::has_work(self)
+    }
+
+    fn idle(&mut self, now: Instant) -> bool {
+        let more = Replica::idle(self, now);
+        log_findings(self);
+        more
+    }
+}
+
+fn log_findings(replica: &mut Replica) {
+    for finding in replica.take_findings() {
+        tracing::warn!("{finding}");
     }
 }
 
@@ -329,7 +352,7 @@ impl Shell {
         let mut stalled = false;
         loop {
             if self.requests.is_empty() && !self.unsettled && !self.core.has_work() {
-                match inbox.recv() {
+                match self.receive(&inbox) {
                     Ok(command) => self.take(command),
                     Err(_) => return,
                 }
@@ -386,6 +409,18 @@ impl Shell {
         let mut events = Vec::new();
         self.core.served(&mut events);
         self.pool.answer(events.into_iter());
+    }
+
+    /// The next command; until it comes, what can be done while no request is open.
+    fn receive<C>(&mut self, inbox: &Receiver<C>) -> Result<C, RecvTimeoutError> {
+        while self.core.idle((self.clock)()) {
+            match inbox.recv_timeout(STALL_WAIT) {
+                Err(RecvTimeoutError::Timeout) => self.publish(),
+                received => return received,
+            }
+        }
+        self.publish();
+        inbox.recv().map_err(|_| RecvTimeoutError::Disconnected)
     }
 
     fn submit(&mut self, submission: Submission) {
@@ -472,6 +507,9 @@ impl Shell {
         self.metrics.waiting.set(stats.waiting as f64);
         self.metrics.preemptions.increment(stats.preemptions.saturating_sub(self.preemptions));
         self.preemptions = stats.preemptions;
+        if let Some(tiers) = &stats.tiers {
+            self.metrics.show_tiers(tiers);
+        }
     }
 }
 

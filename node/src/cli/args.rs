@@ -112,6 +112,14 @@ pub struct UpArgs {
     /// streams, `always` wherever one can, `never`. Default: auto.
     #[arg(long, value_name = "WHEN", help_heading = "Mesh")]
     pub disagg: Option<DisaggName>,
+    /// Memory for KV blocks that have fallen out of the KV cache, for each model; default: none, because
+    /// on a CPU --kv-memory is the better place for it.
+    #[arg(long, value_name = "SIZE", help_heading = "Engine")]
+    pub kv_host_memory: Option<String>,
+    /// Disk space below --data for KV blocks that have fallen out of memory, for each model; they are
+    /// found again after a restart. Default: none.
+    #[arg(long, value_name = "SIZE", help_heading = "Engine")]
+    pub kv_disk: Option<String>,
     /// Where the node keeps its state.
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,

@@ -7,6 +7,7 @@ use engine::chat::ChatTemplate;
 use engine::executor::{Executor, ExecutorOptions, KvCapacity, KvDtype, KvLayout};
 use engine::model::{Decoder, LoadOptions, Quant};
 use engine::replica::Replica;
+use engine::tiers::{DiskOptions, TiersOptions};
 use engine::tokenizer::Tokenizer;
 use engine::weights::ModelSource;
 use kernels::isa::Isa;
@@ -123,6 +124,31 @@ pub fn load(
     let fingerprint: String = digest[..8].iter().map(|b| format!("{b:02x}")).collect();
     let replica = Replica::new(executor, tokenizer, config, secret)?;
     Ok(LoadedModel { replica, template, hidden, fingerprint: format!("fp_{fingerprint}") })
+}
+
+/// What lies below the KV cache of the model that is served under this name.
+pub fn tiers(name: &str, served: &super::up::Served) -> TiersOptions {
+    let disk = served.data.as_ref().filter(|_| served.kv_disk_bytes > 0);
+    TiersOptions {
+        host_bytes: served.kv_host_bytes,
+        disk: disk.map(|data| DiskOptions {
+            folder: data.join("kv").join(folder_name(name)),
+            bytes: served.kv_disk_bytes as u64,
+        }),
+    }
+}
+
+/// One folder for each name, whatever is in it.
+fn folder_name(name: &str) -> String {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    let mut folder = String::new();
+    for (at, byte) in name.bytes().enumerate() {
+        match is_plain(byte) && !(at == 0 && byte == b'.') {
+            true => folder.push(char::from(byte)),
+            false => folder.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    folder
 }
 
 /// What those who drive an executor themselves know about their needs.
@@ -249,6 +275,19 @@ const THREADS_MAX: usize = 1024;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn folders() {
+        for (name, folder) in [
+            ("qwen2.5-0.5b_q8", "qwen2.5-0.5b_q8"),
+            ("org/model", "org%2Fmodel"),
+            ("..", "%2E."),
+            ("a%b", "a%25b"),
+            ("é", "%C3%A9"),
+        ] {
+            assert_eq!(folder_name(name), folder);
+        }
+    }
 
     #[test]
     fn specs() {

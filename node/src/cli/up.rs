@@ -5,6 +5,7 @@ use super::mesh::{self, MeshArgs};
 use super::model::{self, LoadedModel, ModelSpec, load};
 use super::system;
 use anyhow::{Context, bail};
+use engine::tiers::{KvTiers, TiersOptions};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use node::measured::Host;
 use node::mesh::{ControlRoutes, Mesh, Roster, kv_secret};
@@ -41,6 +42,8 @@ struct Config {
     role: Option<String>,
     disagg: Option<String>,
     kv_memory: Option<String>,
+    kv_host_memory: Option<String>,
+    kv_disk: Option<String>,
     kv_dtype: Option<String>,
     quant: Option<String>,
     context: Option<usize>,
@@ -61,6 +64,9 @@ pub struct Served {
     pub disagg: Disagg,
     /// Where the node keeps its secret; without one it lives in memory.
     pub data: Option<PathBuf>,
+    /// Room for KV blocks below each model's KV cache, in bytes: in host memory, and on disk below `data`.
+    pub kv_host_bytes: usize,
+    pub kv_disk_bytes: usize,
     /// Show progress on the terminal.
     pub bar: bool,
     /// The mesh to take part in.
@@ -79,6 +85,8 @@ impl Served {
             role: NodeRole::default(),
             disagg: Disagg::default(),
             data: None,
+            kv_host_bytes: 0,
+            kv_disk_bytes: 0,
             bar: true,
             mesh: None,
         }
@@ -135,7 +143,9 @@ pub async fn serve(served: Served, engine: &EngineArgs) -> anyhow::Result<Node> 
     };
     let mut models = Vec::new();
     for spec in &served.models {
-        models.push(model_options(ModelSpec::parse(spec)?, engine.clone(), secret));
+        let spec = ModelSpec::parse(spec)?;
+        let tiers = model::tiers(&spec.name, &served);
+        models.push(model_options(spec, engine.clone(), secret, tiers));
     }
     let mut options = NodeOptions::new(served.api, models);
     options.keys = served.keys;
@@ -173,13 +183,21 @@ pub async fn serve(served: Served, engine: &EngineArgs) -> anyhow::Result<Node> 
 
 /// A model whose files are opened at once, so that bad ones are refused before anything starts, and
 /// whose weights are loaded in the background.
-fn model_options(spec: ModelSpec, engine: EngineArgs, secret: [u8; 32]) -> ModelOptions {
+fn model_options(
+    spec: ModelSpec,
+    engine: EngineArgs,
+    secret: [u8; 32],
+    tiers: TiersOptions,
+) -> ModelOptions {
     let id = spec.name.clone();
     let loader = move |report: &dyn Fn(f32, &'static str)| {
         report(0.0, "opening");
         let read = || load(spec.open()?, &engine, secret, &mut |done| report(done, "loading"));
-        let LoadedModel { replica, template, hidden, fingerprint } =
+        let LoadedModel { mut replica, template, hidden, fingerprint } =
             read().map_err(|e: anyhow::Error| format!("{e:#}"))?;
+        if let Some(tiers) = KvTiers::open(&tiers, replica.record_format()) {
+            replica.set_tiers(tiers);
+        }
         let loaded = Loaded::new(replica, template, hidden, fingerprint);
         Ok(match engine.step_pause_ms {
             Some(ms) => loaded.paced(Duration::from_millis(ms)),
@@ -244,6 +262,8 @@ fn settings(args: UpArgs) -> anyhow::Result<(Served, MeshArgs, EngineArgs)> {
         http,
         insecure: args.insecure || config.insecure.unwrap_or(false),
         data: Some(args.data.or(config.data).unwrap_or_else(default_data)),
+        kv_host_bytes: size("kv-host-memory", args.kv_host_memory.or(config.kv_host_memory))?,
+        kv_disk_bytes: size("kv-disk", args.kv_disk.or(config.kv_disk))?,
         ..Served::new(args.api.or(config.api).unwrap_or(API_DEFAULT), models)
     };
     let advertise = match args.mesh.advertise {
@@ -253,6 +273,11 @@ fn settings(args: UpArgs) -> anyhow::Result<(Served, MeshArgs, EngineArgs)> {
     let listen = args.mesh.listen.or(config.mesh);
     let mdns = args.mesh.mdns || config.mdns.unwrap_or(false);
     Ok((served, MeshArgs { listen, advertise, mdns, join: args.mesh.join }, engine))
+}
+
+fn size(key: &str, text: Option<String>) -> anyhow::Result<usize> {
+    let parse = |t: String| model::parse_size(&t).with_context(|| key.to_owned());
+    text.map_or(Ok(0), parse)
 }
 
 fn value_of<T: clap::ValueEnum>(key: &str, text: Option<String>) -> anyhow::Result<Option<T>> {

@@ -152,6 +152,7 @@ impl Core for Script {
             prompt_tokens_left: 0,
             prompt_rate: 0,
             preemptions: 0,
+            tiers: None,
         }
     }
 }
