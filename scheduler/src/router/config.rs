@@ -20,10 +20,10 @@ pub struct RouterConfig {
     /// Unit: time of a decoding step of a replica that has measured none. Too small: unknown ones are
     /// preferred. Too large: they are never measured. Default 20 ms.
     pub step_guess: Duration,
-    /// Unit: percent of its step's time that one more stream adds for all of them. Formula: measured
-    /// with `vine bench -b`: (step of 2n streams - step of n) / n / step of n. Too small: a replica full
-    /// of streams looks free. Too large: an idle slow replica is preferred to a fast one with a stream.
-    /// Default 20.
+    /// Unit: percent of its step's time that one more stream adds for all of them. Formula: (step of n
+    /// streams / step of one - 1) / (n - 1), by `vine bench -b`; 6 to 10 with 8 streams of quantized
+    /// models of half a billion weights. Too small: a replica full of streams looks free. Too large: an
+    /// idle slow replica is preferred to a fast one with a stream. Default 10.
     pub stream_share_percent: u32,
     /// Unit: time that another node costs against this one beside the way to it: its share of failures.
     /// Too small: requests travel for nothing. Too large: this node works while others idle. Default
@@ -63,7 +63,7 @@ impl Default for RouterConfig {
             report_lag: Duration::from_millis(500),
             decode_weight_percent: 10,
             step_guess: Duration::from_millis(20),
-            stream_share_percent: 20,
+            stream_share_percent: 10,
             hop_cost: Duration::from_millis(5),
             queue_max: Duration::from_secs(10),
             gain_min: Duration::from_millis(20),

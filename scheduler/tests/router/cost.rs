@@ -120,9 +120,9 @@ fn the_parts_of_an_estimate() {
     assert_eq!(parts.kv_us, 12_288_000_000_000 / rate + 1_000);
     assert_eq!(parts.prefill_us, 500_000);
     assert_eq!(parts.hop_us, 6_000, "five for the hop, one for the round trip");
-    // A step of 20 ms, of which each stream more adds a fifth for it and the two that run; 100 tokens;
+    // A step of 20 ms, of which each stream more adds a tenth for it and the two that run; 100 tokens;
     // and the prefill delays the two; a tenth of all that.
-    assert_eq!(parts.decode_us, (20_000 + 3 * 4_000) * 100 / 10 + 500_000 * 2 / 10);
+    assert_eq!(parts.decode_us, (20_000 + 3 * 2_000) * 100 / 10 + 500_000 * 2 / 10);
 }
 
 #[test]
@@ -174,16 +174,16 @@ fn who_is_there_for_prefills_is_asked_for_answers_last() {
 #[test]
 fn a_remote_prefill_counts_where_it_is_computed() {
     let decoder = ReplicaLoad { role: NodeRole::Decode, ..movable(0, 0) };
-    let prefiller = ReplicaLoad { role: NodeRole::Prefill, prefill_rate: 3000, ..movable(0, 0) };
+    let prefiller = ReplicaLoad { role: NodeRole::Prefill, prefill_rate: 2500, ..movable(0, 0) };
     let mut router = mesh(&[(1, decoder), (2, prefiller)]);
     let ask = |request| Ask { prompt_tokens: 3000, ..ask(request) };
     let queue = |router: &Router, request| decided(router, request).chosen.unwrap().parts;
-    for (request, queue_us) in [(1, 0), (2, 1_000_000)] {
+    for (request, queue_us) in [(1, 0), (2, 1_200_000)] {
         router.choose(at(10), &ask(request)).unwrap();
         let parts = queue(&router, request);
         assert_eq!((parts.path, parts.queue_us), (KvPath::Remote { by: node(2) }, queue_us));
     }
-    // Then the two ways are even, and the third computes it by itself.
+    // Then its queue is longer than computing it, and the third computes it by itself.
     router.choose(at(10), &ask(3)).unwrap();
     assert_eq!(queue(&router, 3).path, KvPath::Recompute);
     // Who fails leaves nothing behind at its helper.
