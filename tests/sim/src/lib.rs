@@ -15,6 +15,7 @@ pub mod net;
 pub mod oracle;
 pub mod queue;
 pub mod quic;
+pub mod routing;
 pub mod scenario;
 pub mod streams;
 pub mod transfer;

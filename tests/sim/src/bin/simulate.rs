@@ -7,6 +7,7 @@ use anyhow::{Context, bail, ensure};
 use clap::{Parser, Subcommand};
 use protocol::membership::MemberView;
 use sim::directory::{self, Rates, traffic};
+use sim::routing::{Load, Policy, Result as Routed, Study, quantile};
 use sim::scenario::{Outcome, Scenario};
 use sim::transfer::{Counts, Fate, Plan, event_faults, with_faults};
 use sim::vine::{SimContact, SimId};
@@ -58,6 +59,13 @@ enum Command {
         #[arg(long, default_value_t = 0)]
         first: u64,
         #[arg(long, default_value_t = 1)]
+        count: u64,
+    },
+    /// Routing: chats of several tenants on four nodes, under each policy. Prints a table.
+    Routing {
+        #[arg(long, default_value_t = 0)]
+        first: u64,
+        #[arg(long, default_value_t = 10)]
         count: u64,
     },
     /// Hand-offs of KV blocks: one seed of mixed faults, its plan and what became of its requests.
@@ -118,6 +126,10 @@ fn main() -> anyhow::Result<()> {
         }
         Command::Transfer { first, count } => transfers(first, count),
         Command::TransferEvents { first, count } => transfer_events(first, count),
+        Command::Routing { first, count } => {
+            routing(first, count);
+            Ok(())
+        }
         Command::TransferReplay { seed } => {
             let plan = Plan::mixed(seed, None);
             let outcome = plan.run(false);
@@ -144,6 +156,49 @@ fn main() -> anyhow::Result<()> {
             print_trace(&scenario, &outcome);
             print_sum(&outcome);
             scenario.judge(&outcome)
+        }
+    }
+}
+
+fn routing(first: u64, count: u64) {
+    println!(
+        "| load | policy | TTFT p50 | p95 | p99 | gap p95 | cached | busiest / mean | refused |"
+    );
+    println!("|---|---|---|---|---|---|---|---|---|");
+    for load in Load::ALL {
+        for policy in Policy::ALL {
+            let mut sum = Routed::default();
+            for seed in first..first + count {
+                sum.add(Study { load, seed, policy }.run());
+            }
+            let ttft = |share| quantile(&sum.ttft_ms, share);
+            println!(
+                "| {} | {} | {:.0} ms | {:.0} | {:.0} | {:.0} ms | {:.1} % | {:.2} | {} |",
+                load.as_str(),
+                policy.as_str(),
+                ttft(0.5),
+                ttft(0.95),
+                ttft(0.99),
+                quantile(&sum.gap_ms, 0.95),
+                sum.hit_rate() * 100.0,
+                sum.spread(),
+                sum.refused,
+            );
+            let decisions = &sum.decisions;
+            if decisions.first_tokens > 0 {
+                let each = |us: u64| us as f64 / 1e3 / decisions.first_tokens as f64;
+                eprintln!(
+                    "{}, {}: {} decisions {:?}, estimates off by {:.0} ms on average, regret {:.1} ms \
+                     (exploring {:.1}) for each",
+                    load.as_str(),
+                    policy.as_str(),
+                    decisions.first_tokens,
+                    decisions.replicas,
+                    each(decisions.error_us),
+                    each(decisions.regret_us),
+                    each(decisions.regret_explored_us),
+                );
+            }
         }
     }
 }
