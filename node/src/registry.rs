@@ -172,6 +172,8 @@ impl Entry {
                     waiting: count(stats.waiting),
                     prompt_tokens: stats.prompt_tokens_left,
                     prefill_rate: stats.prompt_rate,
+                    decode_step_us: u32::try_from(stats.decode_step.as_micros())
+                        .unwrap_or(u32::MAX),
                     kv_blocks_free: count(stats.blocks_free + stats.blocks_cached),
                     kv_blocks: count(stats.blocks_free + stats.blocks_cached + stats.blocks_used),
                     kv_bytes_per_token: count(model.kv_bytes_per_token),

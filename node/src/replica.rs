@@ -99,6 +99,8 @@ pub struct Stats {
     pub prompt_tokens_left: u64,
     /// Prompt tokens per second of late; 0 while nothing has been measured.
     pub prompt_rate: u32,
+    /// A step that only decodes, of late; zero while nothing has been measured.
+    pub decode_step: protocol::Duration,
     /// Since the start.
     pub preemptions: u64,
     /// What lies below the pool, if anything does.
@@ -141,6 +143,7 @@ impl Core for Replica {
             waiting: stats.waiting,
             prompt_tokens_left: stats.prompt_tokens_left,
             prompt_rate: stats.prompt_rate,
+            decode_step: stats.decode_step,
             preemptions: stats.preemptions,
             tiers: self.tier_stats(),
         }

@@ -21,7 +21,7 @@ pub trait DiskFile: Send + Sync {
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<usize>;
     /// Writes a beginning of `bytes`, and says how much; the file grows as needed.
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize>;
-    fn len(&self) -> io::Result<u64>;
+    fn size(&self) -> io::Result<u64>;
     /// Cuts off what lies beyond.
     fn truncate(&self, len: u64) -> io::Result<()>;
     /// Bytes that this process could still write to the same disk.
@@ -75,11 +75,11 @@ impl<F: DiskFile> Store<F> {
     /// a time when there were more, is cut off.
     pub fn scan(&self) -> io::Result<Scan> {
         let end = self.offset(DiskSlot(self.places));
-        if self.file.len()? > end {
+        if self.file.size()? > end {
             self.file.truncate(end)?;
         }
         let record_bytes = self.format.record_bytes() as u64;
-        let used = self.file.len()?.div_ceil(record_bytes).min(u64::from(self.places)) as u32;
+        let used = self.file.size()?.div_ceil(record_bytes).min(u64::from(self.places)) as u32;
         let (mut found, mut scan) = (Vec::new(), Scan::default());
         let (mut bytes, mut errors) = ([0; HEADER_BYTES], 0);
         for slot in (0..used).map(DiskSlot) {
@@ -117,7 +117,7 @@ impl<F: DiskFile> Store<F> {
         let mut record = Vec::with_capacity(HEADER_BYTES + payload.len());
         self.format.encode(name, write, payload, &mut record);
         let (mut offset, mut rest) = (self.offset(slot), &record[..]);
-        let grows = offset + rest.len() as u64 > self.file.len()?;
+        let grows = offset + rest.len() as u64 > self.file.size()?;
         if grows && self.file.free_bytes()? < FREE_BYTES_KEPT {
             let why = "less than 256 MiB are free on this disk, which are kept for others";
             return Err(io::Error::new(io::ErrorKind::StorageFull, why));
@@ -170,7 +170,7 @@ impl DiskFile for File {
         FileExt::write_at(self, bytes, offset)
     }
 
-    fn len(&self) -> io::Result<u64> {
+    fn size(&self) -> io::Result<u64> {
         Ok(self.metadata()?.len())
     }
 

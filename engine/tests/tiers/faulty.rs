@@ -155,7 +155,7 @@ impl DiskFile for FaultyFile {
         Ok(length)
     }
 
-    fn len(&self) -> io::Result<u64> {
+    fn size(&self) -> io::Result<u64> {
         Ok(self.platter().bytes.len() as u64)
     }
 

@@ -151,6 +151,7 @@ impl Core for Script {
             waiting: 0,
             prompt_tokens_left: 0,
             prompt_rate: 0,
+            decode_step: Duration::ZERO,
             preemptions: 0,
             tiers: None,
         }

@@ -126,6 +126,8 @@ pub struct BatcherStats {
     pub prompt_tokens_left: u64,
     /// Prompt tokens per second of late; 0 while nothing has been measured.
     pub prompt_rate: u32,
+    /// A step that only decodes, of late; zero while nothing has been measured.
+    pub decode_step: Duration,
     pub blocks_free: usize,
     /// Unreferenced, still found by prefix: free when needed.
     pub blocks_cached: usize,

@@ -161,6 +161,7 @@ impl Batcher {
             waiting,
             prompt_tokens_left,
             prompt_rate: self.pace.prompt_rate(),
+            decode_step: self.pace.decode_step(),
             blocks_free: pool.free,
             blocks_cached: pool.cached,
             blocks_used: pool.used,

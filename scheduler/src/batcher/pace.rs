@@ -53,6 +53,11 @@ impl Pace {
         u32::try_from(rate).unwrap_or(u32::MAX)
     }
 
+    /// A step of decodes alone, of late; zero while nothing has been measured.
+    pub fn decode_step(&self) -> Duration {
+        self.decode_step.unwrap_or_default()
+    }
+
     pub fn sequence_ended(&mut self, now: Instant) {
         if let Some(last) = self.last_end {
             self.between_ends = average(Some(self.between_ends), now.saturating_since(last), WHOLE);
