@@ -120,7 +120,7 @@ async fn a_slow_reader_loses_its_stream() {
     // Replies of a megabyte each that nobody reads: more than the windows hold.
     let body = vec![7; 900 << 10];
     let mut held = Vec::new();
-    for _ in 0..16 {
+    for _ in 0..40 {
         let request = Request::new(ECHO, Duration::from_secs(60), body.clone());
         match b.mesh.open(a.id(), &request).await {
             Ok(stream) => held.push(stream),
