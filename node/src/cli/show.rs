@@ -164,7 +164,7 @@ impl Show {
     async fn story(&self, fleet: &Fleet, kill_at: Option<usize>) -> anyhow::Result<Told> {
         let client = Client::new(&fleet.nodes[0].url, None)?;
         let body = json!({
-            "model": "demo", "stream": true, "temperature": 0, "max_tokens": 160,
+            "model": "demo", "stream": true, "temperature": 0, "max_tokens": 220,
             "messages": [{ "role": "user", "content": STORY }],
         });
         let mut stream = client.stream("/v1/chat/completions", &body).await?;
