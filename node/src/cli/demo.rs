@@ -82,6 +82,7 @@ async fn mesh(args: &DemoArgs) -> anyhow::Result<()> {
 async fn show(args: &DemoArgs, fleet: &mut Fleet) -> anyhow::Result<()> {
     let show = Show { aloud: !args.json };
     let peers = show.mesh(fleet).await?;
+    show.warm_up(fleet).await?;
     let chat = show.chat(fleet, QUESTIONS[1]).await?;
     let (hand_off, writer) = show.hand_off(fleet).await?;
     let prefix = show.prefix(fleet, writer).await?;

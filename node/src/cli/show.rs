@@ -1,6 +1,7 @@
 //! What `vine demo` shows of a mesh. Each part checks what it says, and fails if it does not hold.
 
 use anyhow::{Context, bail, ensure};
+use hyper::Method;
 use serde_json::{Value, json};
 use std::io::Write;
 use std::time::{Duration, Instant};
@@ -42,6 +43,31 @@ impl Show {
             self.say(&format!("  {} is {}", node.name, node.what()));
         }
         Ok(peers)
+    }
+
+    /// Has every node that decodes answer something, so that all know what it can do: until then the
+    /// router only guesses, and may leave out a node that has not been measured.
+    pub async fn warm_up(&self, fleet: &Fleet) -> anyhow::Result<()> {
+        let client = Client::new(&fleet.nodes[0].url, None)?;
+        for round in 0..WARM_UPS_MAX {
+            let asked = (0..WARM_UP_REQUESTS).map(|request| {
+                let content = format!("Hello number {round} {request}!");
+                let body = json!({
+                    "model": "demo", "temperature": 0, "max_tokens": 16,
+                    "messages": [{ "role": "user", "content": content }],
+                });
+                let client = &client;
+                async move { client.call(Method::POST, "/v1/chat/completions", Some(&body)).await }
+            });
+            futures_util::future::try_join_all(asked).await?;
+            let counters = counters(fleet).await?;
+            if counters[1..].iter().all(|of_node| of_node[STEP_TOKENS] > 0.0) {
+                // Records of what nodes can do are told a few times a second.
+                tokio::time::sleep(RECORDS_TOLD).await;
+                return Ok(());
+            }
+        }
+        bail!("some node was never asked: see vine explain")
     }
 
     /// A question at the first node, whoever answers it.
@@ -250,7 +276,7 @@ async fn prompt(node: &FleetNode, question: &str) -> anyhow::Result<Value> {
         "messages": [{ "role": "system", "content": TEXT }, { "role": "user", "content": question }],
     });
     let client = Client::new(&node.url, None)?;
-    let answer = client.call(hyper::Method::POST, "/v1/chat/completions", Some(&body)).await?;
+    let answer = client.call(Method::POST, "/v1/chat/completions", Some(&body)).await?;
     Ok(answer["usage"].clone())
 }
 
@@ -294,6 +320,9 @@ const COUNTERS: [&str; 4] = [
     "grapevine_kv_blocks_attached_total",
     "grapevine_kv_bytes_total{direction=\"in\"}",
 ];
+const WARM_UPS_MAX: usize = 10;
+const WARM_UP_REQUESTS: usize = 8;
+const RECORDS_TOLD: Duration = Duration::from_millis(1_500);
 const BLOCK_TOKENS: u64 = 16;
 const STEP_TOKENS: usize = 0;
 const HAND_OFFS: usize = 1;
