@@ -107,21 +107,14 @@ impl Show {
 
     /// The same beginning with other questions, until another node than `first` writes an answer: what is
     /// cached somewhere is not computed again.
-    pub async fn prefix(&self, fleet: &Fleet, first: usize) -> anyhow::Result<Value> {
+    pub async fn prefix(&self, fleet: &mut Fleet, first: usize) -> anyhow::Result<Value> {
         self.title("what one node has read, every node knows");
         let decoders = fleet.nodes.len() - 1;
         for (turn, question) in QUESTIONS[1..].iter().enumerate() {
             let at = 1 + (first + turn) % decoders;
             let asked = self.ask(fleet, at, question).await?;
             let writer = asked.writer.unwrap_or(first);
-            // The part that both prompts share may not have been computed by anybody.
-            ensure!(
-                asked.cached * 2 > asked.tokens && asked.read * 2 < asked.tokens,
-                "a prompt was computed again: {} of its {} tokens were cached, {} computed elsewhere",
-                asked.cached,
-                asked.tokens,
-                asked.read
-            );
+            asked.check_prefix()?;
             if writer == first && decoders > 1 {
                 continue;
             }
@@ -136,7 +129,21 @@ impl Show {
             ));
             return Ok(asked.json(fleet));
         }
-        bail!("no other node than {} got such a prompt", fleet.nodes[first].name)
+        // The router sees no reason to ask another: then the one that it asks forgets what it has read.
+        fleet.restart(first).await?;
+        let asked = self.ask(fleet, first, QUESTIONS[0]).await?;
+        asked.check_prefix()?;
+        let Some(writer) = asked.writer else { bail!("no node got blocks from another") };
+        self.say(&format!(
+            "Other questions about the text came to {} again, so it was started anew, with an empty cache.\n  Of the \
+             {} tokens of the next one, {} came as KV blocks out of the cache of {} to {}.",
+            fleet.nodes[first].name,
+            asked.tokens,
+            asked.cached,
+            fleet.nodes[0].name,
+            fleet.nodes[writer].name
+        ));
+        Ok(asked.json(fleet))
     }
 
     /// Asks a question about the text, and looks at what the nodes did for it.
@@ -240,6 +247,18 @@ struct Asked {
 }
 
 impl Asked {
+    /// The part that prompts share may not have been computed by anybody once more.
+    fn check_prefix(&self) -> anyhow::Result<()> {
+        ensure!(
+            self.cached * 2 > self.tokens && self.read * 2 < self.tokens,
+            "a prompt was computed again: {} of its {} tokens were cached, {} computed elsewhere",
+            self.cached,
+            self.tokens,
+            self.read
+        );
+        Ok(())
+    }
+
     fn json(&self, fleet: &Fleet) -> Value {
         json!({
             "prompt_tokens": self.tokens, "cached_tokens": self.cached, "computed_elsewhere": self.read,
