@@ -68,8 +68,10 @@ impl Fleet {
         self.ask_first(Method::GET, "/mesh/peers", None).await
     }
 
-    /// Starts a node again that has died, with what it has kept, and waits until it is back.
+    /// Starts a node again, with what it has kept on disk, and waits until it is back.
     pub async fn restart(&mut self, index: usize) -> anyhow::Result<()> {
+        // It may have died already.
+        let _ = self.nodes[index].process.kill().await;
         let FleetNode { role, url, .. } = &self.nodes[index];
         let api = url.trim_start_matches("http://").parse::<SocketAddr>()?;
         let again = self.start_node((index + 1, *role), SocketAddr::new(api.ip(), 0), None).await?;
