@@ -5,14 +5,13 @@ a node alone gives.
 is right.
 """
 
-import json
 import random
 import signal
 import threading
 import time
 
 from nodes import Node, check, say, until, wait
-from streams import BROKEN, STREAM, Events, Slow, by_choice, difference, plain, revive
+from streams import BROKEN, Events, Slow, by_choice, difference, revive
 
 TOKENS = 64
 WORDS = ["vine", "wall", "stone", "river", "light", "north", "table", "cloud", "glass", "night", "bread", "field"]
