@@ -129,8 +129,14 @@ async fn a_slow_reader_loses_its_stream() {
     }
     until("counted", || a.count("faults") > 0).await;
     drop(held);
-    until("served again", || !a.mesh.peers().is_empty()).await;
-    assert!(a.reaches(&b).await);
+    // As many faults as these cut it off for a while; after that it is served again.
+    for _ in 0..60 {
+        if a.reaches(&b).await {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    panic!("not served again within 30 s");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
