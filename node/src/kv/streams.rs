@@ -14,15 +14,15 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::transfers::Input;
-use crate::mesh::{DataStream, FrameReader, FrameStream, FrameWriter, Roster};
+use crate::mesh::{DataStream, FrameRate, FrameReader, FrameStream, FrameWriter, Roster};
 
 /// What the task of a data stream that came in shall do about the chunk that it has announced.
 pub(super) enum DataOrder {
-    /// Read the payloads.
+    /// Hand over the payloads.
     Read,
-    /// They are in their pages: read on.
+    /// They are in their pages: go on.
     Go,
-    /// Read no more.
+    /// Nothing more is wanted.
     Stop,
 }
 
@@ -76,66 +76,95 @@ pub(super) async fn ask(
     }
 }
 
-/// Reads a data stream of a peer. After a chunk's announcement it waits for its order.
+/// What a data stream brings, in its order.
+enum Came {
+    Frame(Frame),
+    /// After the announcement of a chunk.
+    Payloads(Vec<Vec<Bytes>>),
+}
+
+/// Reads a data stream of a peer: ahead, while what came before goes to its pages.
 pub(super) async fn receive(
     (stream, block_bytes): (StreamId, usize),
     data: DataStream,
-    mut orders: mpsc::UnboundedReceiver<DataOrder>,
+    orders: mpsc::UnboundedReceiver<DataOrder>,
     inputs: mpsc::Sender<Input>,
 ) {
     let DataStream { mut reader, rate } = data;
+    let (ahead, came) = mpsc::channel(AHEAD_MAX);
+    let reading = async {
+        // To its end, or to what cannot be read on after.
+        let _ = read_ahead(&mut reader, &rate, block_bytes, ahead).await;
+        std::future::pending().await
+    };
+    tokio::select! {
+        () = reading => {}
+        _ = pass_on(stream, came, orders, inputs) => {}
+    }
+    reader.stop();
+}
+
+/// `None` at the end of what can be read, or if nobody wants more.
+async fn read_ahead(
+    reader: &mut FrameReader,
+    rate: &FrameRate,
+    block_bytes: usize,
+    ahead: mpsc::Sender<Came>,
+) -> Option<()> {
     loop {
-        let frame = tokio::select! {
-            frame = reader.next(&rate) => frame,
-            _ = orders.recv() => return reader.stop(),
-        };
-        let Ok(Some(frame)) = frame else {
-            let _ = inputs.send(Input::DataClosed { stream }).await;
-            return;
-        };
-        let chunk = KvChunk::from_frame(&frame).ok();
+        let frame = reader.next(rate).await.ok()??;
         let announces = frame.kind == Kind::KV_CHUNK;
-        if inputs.send(Input::Data { stream, frame }).await.is_err() {
-            return reader.stop();
-        }
-        if !announces {
-            continue;
-        }
-        let (Some(DataOrder::Read), Some(chunk)) = (orders.recv().await, chunk) else {
-            return reader.stop();
-        };
-        let payloads = tokio::select! {
-            payloads = read_payloads(&mut reader, chunk.blocks as usize, block_bytes) => payloads,
-            _ = orders.recv() => {
-                reader.stop();
-                let _ = inputs.send(Input::PayloadsLost { stream }).await;
-                return;
+        let chunk = KvChunk::from_frame(&frame);
+        ahead.send(Came::Frame(frame)).await.ok()?;
+        if announces {
+            let blocks = chunk.ok()?.blocks as usize;
+            if blocks > 1 && blocks * block_bytes > CHUNK_BYTES_MAX {
+                return None;
             }
-        };
-        let Some(payloads) = payloads else {
-            let _ = inputs.send(Input::PayloadsLost { stream }).await;
-            let _ = inputs.send(Input::DataClosed { stream }).await;
-            return;
-        };
-        if inputs.send(Input::Payloads { stream, payloads }).await.is_err() {
-            return;
-        }
-        if !matches!(orders.recv().await, Some(DataOrder::Go)) {
-            return reader.stop();
+            let mut payloads = Vec::with_capacity(blocks);
+            for _ in 0..blocks {
+                payloads.push(reader.payload(block_bytes).await.ok()?);
+            }
+            ahead.send(Came::Payloads(payloads)).await.ok()?;
         }
     }
 }
 
-async fn read_payloads(
-    reader: &mut FrameReader,
-    blocks: usize,
-    block_bytes: usize,
-) -> Option<Vec<Vec<Bytes>>> {
-    let mut payloads = Vec::with_capacity(blocks);
-    for _ in 0..blocks {
-        payloads.push(reader.payload(block_bytes).await.ok()?);
+/// Tells the machines' task what came. After a chunk's announcement, and after its payloads, it waits
+/// for an order. `None` when the stream is over or to be stopped.
+async fn pass_on(
+    stream: StreamId,
+    mut came: mpsc::Receiver<Came>,
+    mut orders: mpsc::UnboundedReceiver<DataOrder>,
+    inputs: mpsc::Sender<Input>,
+) -> Option<()> {
+    loop {
+        let next = tokio::select! {
+            next = came.recv() => next,
+            _ = orders.recv() => return None,
+        };
+        let Some(Came::Frame(frame)) = next else {
+            return inputs.send(Input::DataClosed { stream }).await.ok();
+        };
+        let announces = frame.kind == Kind::KV_CHUNK;
+        inputs.send(Input::Data { stream, frame }).await.ok()?;
+        if !announces {
+            continue;
+        }
+        let DataOrder::Read = orders.recv().await? else { return None };
+        let payloads = tokio::select! {
+            next = came.recv() => next,
+            _ = orders.recv() => {
+                return inputs.send(Input::PayloadsLost { stream }).await.ok();
+            }
+        };
+        let Some(Came::Payloads(payloads)) = payloads else {
+            inputs.send(Input::PayloadsLost { stream }).await.ok()?;
+            return inputs.send(Input::DataClosed { stream }).await.ok();
+        };
+        inputs.send(Input::Payloads { stream, payloads }).await.ok()?;
+        let DataOrder::Go = orders.recv().await? else { return None };
     }
-    Some(payloads)
 }
 
 /// Hears the receiver of a transfer on its control stream, and says what the machine wants said.
@@ -266,3 +295,9 @@ async fn write_frame(writer: &mut FrameWriter, frame: &Frame) -> Option<()> {
 
 /// Of blocks against everything else on a connection.
 const PRIORITY: i32 = -1;
+/// Frames and payloads that were read and wait: a chunk, its commit and the next chunk. Too small: the
+/// path rests while pages are written. Too large: payloads take memory, up to two chunks a stream.
+const AHEAD_MAX: usize = 3;
+/// Of a chunk of more than one block; a stream that announces more is not read on. Senders make four
+/// times smaller ones.
+const CHUNK_BYTES_MAX: usize = 4 << 20;

@@ -190,8 +190,7 @@ impl Roster {
     fn keepers(&self, request: RequestId, failed: &[NodeId]) -> Vec<NodeId> {
         let mut members = self.members_well();
         members.retain(|node| !failed.contains(node));
-        members.sort_by_key(|node| std::cmp::Reverse(rank(request, *node)));
-        members
+        ranked(request, members)
     }
 
     async fn keep_at(&self, node: NodeId, message: &Keep) -> Option<Kept> {
@@ -207,21 +206,24 @@ impl Roster {
         }
     }
 
-    /// What is known of a tenant's stream, here or at a member. A member that does not answer is asked
-    /// again for a while: it may just have come back.
+    /// What is known of a tenant's stream, here or at a member. Who kept it may be suspected here, or
+    /// just have come back without this node's having heard of it: members are asked again for a moment,
+    /// and longer while one of them gives no answer.
     pub(crate) async fn find_stream(
         &self,
         tenant: &TenantId,
         request: RequestId,
     ) -> Option<(Begin, Vec<Entry>)> {
         let key = (tenant.clone(), request);
-        let until = Instant::now() + FIND_WITHIN;
+        let began = Instant::now();
         loop {
             if let Some(found) = lock(self.journals()).fetch(&key, 0, usize::MAX) {
                 return Some((found.begin?, found.entries));
             }
-            let mut is_silent = false;
-            for node in self.keepers(request, &[]).into_iter().take(FIND_MAX) {
+            let mut members = ranked(request, self.members_present());
+            members.retain(|node| !self.is_own(*node));
+            let mut patience = if members.is_empty() { Duration::ZERO } else { NEWS_WITHIN };
+            for node in members.into_iter().take(FIND_MAX) {
                 let asked = tokio::time::timeout(FIND_TIMEOUT, self.fetch_from(node, &key));
                 let answer = tokio::select! {
                     answer = asked => answer.unwrap_or(Err(NoAnswer)),
@@ -230,10 +232,10 @@ impl Roster {
                 match answer {
                     Ok(None) => {}
                     Ok(found) => return found,
-                    Err(NoAnswer) => is_silent = true,
+                    Err(NoAnswer) => patience = FIND_WITHIN,
                 }
             }
-            if !is_silent || Instant::now() >= until {
+            if began.elapsed() >= patience {
                 return None;
             }
             tokio::time::sleep(FIND_PAUSE).await;
@@ -296,6 +298,11 @@ impl Roster {
     }
 }
 
+fn ranked(request: RequestId, mut members: Vec<NodeId>) -> Vec<NodeId> {
+    members.sort_by_key(|node| std::cmp::Reverse(rank(request, *node)));
+    members
+}
+
 /// A member did not say whether it has a copy.
 struct NoAnswer;
 
@@ -328,6 +335,8 @@ const KEEP_TIMEOUT: Duration = Duration::from_secs(1);
 /// Members that are asked for a stream, and how long each.
 const FIND_MAX: usize = 8;
 const FIND_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long members that do not answer are asked again, and how often.
+/// How long members that do not answer are asked again, how long the others, and how often. A round of
+/// gossip takes some of the second.
 const FIND_WITHIN: Duration = Duration::from_secs(5);
+const NEWS_WITHIN: Duration = Duration::from_secs(1);
 const FIND_PAUSE: Duration = Duration::from_millis(250);

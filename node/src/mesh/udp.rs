@@ -30,6 +30,9 @@ impl Socket {
     /// Takes a bound socket; must be called in a runtime.
     pub fn new(socket: UdpSocket) -> io::Result<Socket> {
         let state = UdpSocketState::new((&socket).into())?;
+        // As much as the system allows; with less it works, too.
+        let _ = state.set_recv_buffer_size((&socket).into(), BUFFER_BYTES);
+        let _ = state.set_send_buffer_size((&socket).into(), BUFFER_BYTES);
         let io = watch(socket, Interest::READABLE)?;
         Ok(Socket { io, state, is_full: AtomicBool::new(false) })
     }
@@ -142,6 +145,10 @@ fn would_block(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::WouldBlock
 }
 
+/// Packets that the kernel keeps until this process runs; what comes beyond is lost. Linux gives at most
+/// `net.core.rmem_max`, and each packet of 1,400 bytes takes 2 KiB of it. Too small: a burst of KV blocks
+/// loses packets, and each loss slows the connection down. Too large: old packets wait in it.
+const BUFFER_BYTES: usize = 4 << 20;
 /// Wait for room where that cannot be watched for: a full buffer leaves within it at 1 Gbit/s.
 const FULL_WAIT: Duration = Duration::from_millis(2);
 
