@@ -236,7 +236,9 @@ impl Forwarding {
         };
         let answer = tokio::select! {
             answered = tokio::time::timeout(left, asking) => answered.unwrap_or(Err(Failed::Deadline))?,
-            () = self.roster.lost(node) => return Err(Failed::Lost("has gone silent".to_owned())),
+            () = self.roster.lost_or_gone(node) => {
+                return Err(Failed::Lost("has gone silent".to_owned()));
+            }
         };
         match answer.head.status {
             429 | 503 => Err(Failed::Refused(Box::new(answer))),

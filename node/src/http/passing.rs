@@ -20,7 +20,7 @@ use scheduler::router::Outcome;
 
 use super::forward::{Answer, AnswerBody, Failed, Forwarding, SoFar};
 use super::{Journal, sse};
-use crate::mesh::{CallError, CallStream, Copy, Heard};
+use crate::mesh::{CallError, CallStream, Copy, Heard, QUIET_MAX, QUIET_MIN};
 
 /// Where a stream's parts come from. Dropping it ends the request there.
 pub(super) enum Source {
@@ -94,6 +94,8 @@ struct Running {
     source: Source,
     /// Ends with why nothing more is awaited. One wait for all parts: to begin it for each costs time.
     over: BoxFuture<'static, Broken>,
+    /// Between its parts, of late. After twice as long it is looked after.
+    usual: Duration,
 }
 
 impl Running {
@@ -109,7 +111,7 @@ impl Running {
                 }
             }),
         };
-        Running { node, source, over }
+        Running { node, source, over, usual: Duration::ZERO }
     }
 }
 
@@ -183,13 +185,28 @@ impl Passing {
 
     async fn next(&mut self) -> Result<Option<StreamPart>, Broken> {
         let left = self.request.caller.deadline.saturating_duration_since(Instant::now());
-        let Some(Running { source, over, .. }) = &mut self.running else {
+        let Some(Running { node, source, over, usual }) = &mut self.running else {
             return Err(Broken::Ingress);
         };
-        tokio::select! {
-            biased;
-            why = over => Err(why),
-            part = source.next(left) => part.map_err(|error| Broken::There(error.to_string())),
+        let asked = Instant::now();
+        let mut quiet = (*usual * 2).clamp(QUIET_MIN, QUIET_MAX);
+        let is_here = matches!(source, Source::Here(..));
+        let part = source.next(left);
+        tokio::pin!(part);
+        loop {
+            tokio::select! {
+                biased;
+                why = &mut *over => return Err(why),
+                part = &mut part => {
+                    *usual = (*usual * 7 + asked.elapsed()) / 8;
+                    return part.map_err(|error| Broken::There(error.to_string()));
+                }
+                () = tokio::time::sleep(quiet), if !is_here => {}
+            }
+            // Its connection ends with it, and the part with that.
+            let (roster, node) = (self.request.roster.clone(), *node);
+            tokio::spawn(async move { roster.look_after(node).await });
+            quiet = (quiet * 2).min(QUIET_MAX);
         }
     }
 

@@ -3,6 +3,7 @@
 //! They wait for their peer as long as their order is good; the machines keep the time and end them.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use cache::BlockHash;
@@ -71,6 +72,10 @@ pub(super) async fn ask(
                 if inputs.send(input).await.is_err() || is_over {
                     return;
                 }
+            }
+            () = tokio::time::sleep(QUIET_MAX) => {
+                let roster = roster.clone();
+                tokio::spawn(async move { roster.look_after(peer).await });
             }
         }
     }
@@ -293,6 +298,8 @@ async fn write_frame(writer: &mut FrameWriter, frame: &Frame) -> Option<()> {
     writer.payload(frame.encode().into()).await.ok()
 }
 
+/// Silence of a sender after which it is looked after: it gives signs of life more often.
+const QUIET_MAX: Duration = Duration::from_millis(350);
 /// Of blocks against everything else on a connection.
 const PRIORITY: i32 = -1;
 /// Frames and payloads that were read and wait: a chunk, its commit and the next chunk. Too small: the

@@ -36,6 +36,8 @@ pub enum CloseCode {
     Limit = 3,
     /// A newer connection took its place.
     Replaced = 4,
+    /// The peer's process has ended; only this side hears it.
+    Gone = 5,
 }
 
 /// What happened to a peer.

@@ -202,7 +202,7 @@ impl Roster {
         };
         tokio::select! {
             kept = tokio::time::timeout(KEEP_TIMEOUT, asking) => kept.ok().flatten(),
-            () = self.lost(node) => None,
+            () = self.lost_or_gone(node) => None,
         }
     }
 
@@ -227,7 +227,7 @@ impl Roster {
                 let asked = tokio::time::timeout(FIND_TIMEOUT, self.fetch_from(node, &key));
                 let answer = tokio::select! {
                     answer = asked => answer.unwrap_or(Err(NoAnswer)),
-                    () = self.lost(node) => Err(NoAnswer),
+                    () = self.lost_or_gone(node) => Err(NoAnswer),
                 };
                 match answer {
                     Ok(None) => {}

@@ -389,6 +389,13 @@ impl Roster {
         Err(why)
     }
 
+    /// Membership probes the node now.
+    pub(super) fn check(&self, node: NodeId) {
+        if let Some(started) = self.started.get() {
+            started.members.check(node);
+        }
+    }
+
     /// Returns when nothing is to be awaited from the node any more; see [`Members::lost`].
     pub(crate) async fn lost(&self, node: NodeId) {
         match self.started.get() {
