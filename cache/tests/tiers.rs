@@ -259,6 +259,20 @@ fn a_full_pool_ends_a_fetch() {
 }
 
 #[test]
+fn who_watches_late_is_told_of_what_is_there() {
+    let mut bench = Bench::new(config(4, 2, 10));
+    bench.evict(1);
+    bench.say(TiersInput::DiskFound { blocks: vec![(DiskSlot(0), name(2))] });
+    assert_eq!(bench.tiers.take_touched(), []);
+    bench.tiers.watch();
+    bench.evict(3);
+    assert_eq!(bench.tiers.take_touched(), [1, 3, 2].map(name));
+    // Only what happens from now on.
+    bench.tiers.watch();
+    assert_eq!(bench.tiers.take_touched(), []);
+}
+
+#[test]
 fn idle_time_makes_copies() {
     let mut bench = Bench::with_disk(config(8, 2, 8));
     (0..5).for_each(|n| drop(bench.evict(n)));
@@ -291,6 +305,8 @@ struct Chaos {
     fetches: BTreeSet<FetchId>,
     landed: u64,
     faults: bool,
+    /// What is known, as somebody sees it who is told of what was touched.
+    told: BTreeSet<BlockHash>,
 }
 
 impl Chaos {
@@ -305,8 +321,10 @@ impl Chaos {
             fetches_max: 1 + random.below(4),
             ..config(host, ahead, disk)
         };
+        let mut bench = Bench::new(config);
+        bench.tiers.watch();
         Chaos {
-            bench: Bench::new(config),
+            bench,
             random,
             host: BTreeMap::new(),
             disk: BTreeMap::new(),
@@ -316,6 +334,7 @@ impl Chaos {
             fetches: BTreeSet::new(),
             landed: 0,
             faults: true,
+            told: BTreeSet::new(),
         }
     }
 
@@ -329,6 +348,20 @@ impl Chaos {
         assert!(self.writes.len() <= config.disk_writes_max);
         assert!(self.reads.len() <= config.disk_reads_max);
         assert!(self.fetches.len() <= config.fetches_max + 1);
+        let tiers = &mut self.bench.tiers;
+        for name in tiers.take_touched() {
+            match tiers.known(&[name]) {
+                1 => self.told.insert(name),
+                _ => self.told.remove(&name),
+            };
+        }
+    }
+
+    /// Who is told of what was touched knows what is known.
+    fn check_told(&self) {
+        let known = |name: &BlockHash| self.bench.tiers.known(&[*name]) == 1;
+        let all = (0..60).chain([200]).map(name);
+        assert!(all.filter(known).eq(self.told.iter().copied()), "a change was not told");
     }
 
     fn obey(&mut self, output: TiersOutput) {
@@ -432,6 +465,9 @@ impl Chaos {
             }
         }
         self.bench.now = self.bench.now + Duration::from_millis(self.random.below(40) as u64);
+        if id.is_multiple_of(16) {
+            self.check_told();
+        }
     }
 
     /// Some blocks of a life before, which may be in host memory again.
@@ -479,6 +515,7 @@ fn chaos_never_lands_a_wrong_block_and_heals() {
         }
         (20..400).for_each(|id| chaos.act(id));
         chaos.settle();
+        chaos.check_told();
         assert!(chaos.fetches.is_empty(), "seed {seed}");
         landed += chaos.landed;
         // After the heal a block goes down and comes up again.

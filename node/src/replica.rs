@@ -356,7 +356,7 @@ impl Shell {
         loop {
             if self.requests.is_empty() && !self.unsettled && !self.core.has_work() {
                 match self.receive(&inbox) {
-                    Ok(command) => self.take(command),
+                    Ok(command) => self.take(command.unwrap_or(Command::Wake)),
                     Err(_) => return,
                 }
             } else if stalled {
@@ -414,16 +414,25 @@ impl Shell {
         self.pool.answer(events.into_iter());
     }
 
-    /// The next command; until it comes, what can be done while no request is open.
-    fn receive<C>(&mut self, inbox: &Receiver<C>) -> Result<C, RecvTimeoutError> {
-        while self.core.idle((self.clock)()) {
-            match inbox.recv_timeout(STALL_WAIT) {
-                Err(RecvTimeoutError::Timeout) => self.publish(),
-                received => return received,
+    /// The next command; until it comes, what can be done while no request is open. `None` if that has
+    /// made work: a peer wants the rest of what was brought up for it.
+    fn receive(&mut self, inbox: &Receiver<Command>) -> Result<Option<Command>, RecvTimeoutError> {
+        loop {
+            let more = self.core.idle((self.clock)());
+            self.tell_served();
+            self.publish();
+            if self.core.has_work() {
+                return Ok(None);
+            }
+            let received = match more {
+                true => inbox.recv_timeout(STALL_WAIT),
+                false => inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            };
+            match received {
+                Err(RecvTimeoutError::Timeout) => {}
+                received => return received.map(Some),
             }
         }
-        self.publish();
-        inbox.recv().map_err(|_| RecvTimeoutError::Disconnected)
     }
 
     fn submit(&mut self, submission: Submission) {

@@ -154,7 +154,7 @@ pub struct TiersStats {
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TierStats {
-    /// Blocks that it has now.
+    /// Blocks that it has now, whole.
     pub blocks: usize,
     /// Blocks handed up from it into the pool.
     pub hits: u64,
@@ -272,6 +272,21 @@ impl Tiers {
         names.iter().take_while(has).count()
     }
 
+    /// From now on [`take_touched`](Self::take_touched) says what may have come or gone, beginning with
+    /// what is there already.
+    pub fn watch(&mut self) {
+        self.host.watch();
+        self.disk.watch();
+    }
+
+    /// Names for which [`known`](Self::known) may have changed since the last call. To be asked now and
+    /// then once they are watched: there are as many as blocks were moved.
+    pub fn take_touched(&mut self) -> Vec<BlockHash> {
+        let mut touched = self.host.take_touched();
+        touched.append(&mut self.disk.take_touched());
+        touched
+    }
+
     /// Whether the disk would take copies of what the pool still has: it works, and they drive nothing
     /// out that is not older, given that the pool has so many blocks.
     pub fn takes_copies(&self, pool_blocks: usize) -> bool {
@@ -288,7 +303,7 @@ impl Tiers {
     pub fn stats(&self) -> TiersStats {
         let mut stats = self.stats;
         stats.host.blocks = self.host.len();
-        stats.disk.blocks = self.disk.len();
+        stats.disk.blocks = self.disk.len() - self.writes.len();
         stats.disk_is_paused = self.write_pause.failures > 0 || self.read_pause.failures > 0;
         stats
     }

@@ -20,6 +20,8 @@ pub(super) struct Shelf<S> {
     /// Blocks without pins, the least recently used first.
     idle: BTreeSet<(u64, u32)>,
     uses: u64,
+    /// Names that have come or gone since they were last taken, if anybody watches.
+    touched: Option<Vec<BlockHash>>,
 }
 
 #[derive(Debug)]
@@ -47,11 +49,31 @@ impl<S> Shelf<S> {
             index: HashMap::default(),
             idle: BTreeSet::new(),
             uses: 0,
+            touched: None,
         }
     }
 
     pub fn capacity(&self) -> usize {
         self.capacity as usize
+    }
+
+    /// From now on names that come and go are kept for [`take_touched`](Self::take_touched), and those
+    /// that are there already.
+    pub fn watch(&mut self) {
+        if self.touched.is_none() {
+            self.touched = Some(self.places.iter().flatten().map(|entry| entry.name).collect());
+        }
+    }
+
+    /// Names that have come or gone since the last call; one may stand there more than once.
+    pub fn take_touched(&mut self) -> Vec<BlockHash> {
+        self.touched.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    fn touched(&mut self, name: BlockHash) {
+        if let Some(touched) = &mut self.touched {
+            touched.push(name);
+        }
     }
 
     /// Blocks on the shelf.
@@ -84,6 +106,7 @@ impl<S> Shelf<S> {
         let (_, place) = self.idle.pop_first()?;
         let forgotten = self.places[place as usize].take().expect("idle places have a block");
         self.index.remove(&forgotten.name);
+        self.touched(forgotten.name);
         Some(Vacated { place, forgotten: Some(forgotten) })
     }
 
@@ -95,6 +118,7 @@ impl<S> Shelf<S> {
         assert!(before.is_none(), "place {place} is taken");
         let twin = self.index.insert(name, place);
         assert!(twin.is_none(), "a name stands once on a shelf");
+        self.touched(name);
     }
 
     /// Puts blocks where they were found, the least recently used first, on a shelf that is empty. Of
@@ -123,6 +147,7 @@ impl<S> Shelf<S> {
         self.index.remove(&entry.name);
         self.idle.remove(&(entry.used, place));
         self.empty.push(place);
+        self.touched(entry.name);
         Some(entry)
     }
 

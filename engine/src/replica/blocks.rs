@@ -32,6 +32,8 @@ pub enum ServeEvent {
 pub(super) struct Transfers {
     incoming: BTreeMap<RequestId, Incoming>,
     serving: BTreeMap<TransferId, Serving>,
+    /// Transfers for which nothing more comes up from below the pool.
+    pub raised: Vec<TransferId>,
     events: Vec<ServeEvent>,
 }
 
@@ -48,6 +50,8 @@ struct Serving {
     pinned: usize,
     /// Of them, those that nobody had to compute for this.
     cached: usize,
+    /// What is to be computed once all that lies below the pool has come up.
+    prompt: Option<(TenantId, Vec<TokenId>, i8)>,
     sequence: Option<SequenceId>,
 }
 
@@ -76,14 +80,17 @@ impl Replica {
         Namer::new(self.secret, config.identity, config.block_tokens)
     }
 
-    /// From now on [`take_name_changes`](Self::take_name_changes) says which blocks can be had here.
+    /// From now on [`take_name_changes`](Self::take_name_changes) says which blocks can be had here, in
+    /// the pool or from below it.
     pub fn watch_names(&mut self) {
         self.batcher.watch_names();
+        self.watch_below();
     }
 
     /// Names stored and removed since the last call, in order.
     pub fn take_name_changes(&mut self) -> Vec<NameChange> {
-        self.batcher.take_name_changes()
+        let changes = self.batcher.take_name_changes();
+        self.with_changes_below(changes)
     }
 
     /// How many of the names, from the first on, are here, in the pool or below it, or being computed
@@ -150,7 +157,8 @@ impl Replica {
         }
     }
 
-    /// Pins what a peer wants and computes the rest if it asks for that; see [`ServeEvent`].
+    /// Pins what a peer wants, brings up what lies below the pool, and computes the rest if it asks for
+    /// that; see [`ServeEvent`].
     pub fn serve(&mut self, now: Instant, transfer: TransferId, served: Served) {
         let Served { first, names, work, .. } = served;
         let prompt = match work {
@@ -162,13 +170,30 @@ impl Replica {
                 }
             }
         };
-        let serving = Serving { names, pinned: 0, cached: 0, sequence: None };
+        let serving =
+            Serving { names: names.clone(), pinned: 0, cached: 0, prompt, sequence: None };
         self.transfers.serving.insert(transfer, serving);
-        let complete = self.pin_ready(transfer);
-        if let Some(serving) = self.transfers.serving.get_mut(&transfer) {
-            serving.cached = serving.pinned;
+        self.pin_ready(transfer);
+        let pinned = self.transfers.serving.get(&transfer).map_or(0, |serving| serving.pinned);
+        if !self.bring_up_for(now, transfer, &names[pinned..]) {
+            self.serve_rest(now, transfer);
         }
-        match prompt {
+        self.go_on_serving(now);
+    }
+
+    /// Goes on with transfers for which all has come up that there was.
+    pub(super) fn go_on_serving(&mut self, now: Instant) {
+        for transfer in std::mem::take(&mut self.transfers.raised) {
+            self.serve_rest(now, transfer);
+        }
+    }
+
+    /// Computes what is missing, or ends it there.
+    fn serve_rest(&mut self, now: Instant, transfer: TransferId) {
+        let complete = self.pin_ready(transfer);
+        let Some(serving) = self.transfers.serving.get_mut(&transfer) else { return };
+        serving.cached = serving.pinned;
+        match serving.prompt.take() {
             Some((tenant, tokens, priority)) if !complete => {
                 if let Err(refusal) = self.prefill(now, transfer, (tenant, tokens), priority) {
                     self.decline(transfer, refusal);
@@ -180,6 +205,7 @@ impl Replica {
 
     /// Nobody wants it any more. Blocks that were `Ready` stay pinned until they are released.
     pub fn unserve(&mut self, now: Instant, transfer: TransferId) {
+        self.stop_bringing_up(now, transfer);
         let serving = self.transfers.serving.remove(&transfer);
         if let Some(sequence) = serving.and_then(|serving| serving.sequence) {
             self.cancel_sequence(now, sequence);

@@ -8,7 +8,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use cache::tiers::{FetchId, TiersStats};
-use cache::{BlockHash, BlockId, HashChain};
+use cache::transfer::TransferId;
+use cache::{BlockHash, BlockId, HashChain, NameChange};
 use protocol::{Duration, Instant, SequenceId};
 
 use super::{Job, Replica};
@@ -25,6 +26,9 @@ pub(super) struct Lower {
     /// the last step.
     copies_at: u32,
     copies_left: u32,
+    /// Names that others have been told of and that no block of the pool has, at most
+    /// [`TOLD_BELOW_MAX`].
+    told_below: BTreeSet<BlockHash>,
 }
 
 struct Fetching {
@@ -33,20 +37,15 @@ struct Fetching {
     names: Vec<BlockHash>,
     /// References on what has come.
     kept: Vec<BlockId>,
+    /// Not for a request of this replica but for a peer's.
+    serves: Option<TransferId>,
 }
 
 impl Replica {
     /// Puts tiers below the pool. Say so before the first request.
     pub fn set_tiers(&mut self, tiers: KvTiers) {
         self.batcher.keep_evicted();
-        self.lower = Some(Lower {
-            tiers,
-            fetches: BTreeMap::new(),
-            next_fetch: 0,
-            now: Instant::ORIGIN,
-            copies_at: 0,
-            copies_left: 0,
-        });
+        self.lower = Some(Lower::new(tiers));
     }
 
     /// What a block is on disk.
@@ -75,6 +74,7 @@ impl Replica {
         }
         self.copy_some(now);
         self.advance(now, true);
+        self.go_on_serving(now);
         let pool_blocks = self.executor.block_capacity();
         let more = |lower: &Lower| lower.copies_left > 0 && lower.tiers.takes_copies(pool_blocks);
         self.lower.as_ref().is_some_and(|lower| lower.tiers.is_busy() || more(lower))
@@ -133,22 +133,55 @@ impl Replica {
     /// Begins to bring blocks up. Sequences that want them wait; those of host memory are there at once.
     pub(super) fn bring_up(&mut self, now: Instant, below: Vec<Vec<BlockHash>>) {
         for names in below {
-            let Some(lower) = &mut self.lower else { return };
-            let owner = SequenceId(self.next_sequence);
-            self.next_sequence += 1;
-            let fetch = FetchId(lower.next_fetch);
-            lower.next_fetch += 1;
-            self.batcher.claim_blocks(&names, owner);
-            let rate = self.batcher.stats().prompt_rate;
-            let tokens = self.batcher.config().block_tokens as f64;
-            let block_compute_time = match rate {
-                0 => Duration::ZERO,
-                rate => Duration::from_secs_f64(tokens / f64::from(rate)),
-            };
-            lower.fetches.insert(fetch, Fetching { owner, names: names.clone(), kept: Vec::new() });
-            lower.tiers.fetch(now, fetch, names, block_compute_time);
-            self.advance(now, false);
+            self.fetch(now, names, None);
         }
+    }
+
+    /// Begins to bring up what a peer wants, as far as it lies below the pool. False if nothing does.
+    pub(super) fn bring_up_for(
+        &mut self,
+        now: Instant,
+        transfer: TransferId,
+        names: &[BlockHash],
+    ) -> bool {
+        if self.lower.is_none() {
+            return false;
+        }
+        self.advance(now, false);
+        let names = names[..self.blocks_below(names)].to_vec();
+        let any = !names.is_empty();
+        if any {
+            self.fetch(now, names, Some(transfer));
+        }
+        any
+    }
+
+    /// The peer does not want it any more.
+    pub(super) fn stop_bringing_up(&mut self, now: Instant, transfer: TransferId) {
+        let Some(lower) = &mut self.lower else { return };
+        let is_for = |f: &Fetching| f.serves == Some(transfer);
+        if let Some((&fetch, _)) = lower.fetches.iter().find(|(_, f)| is_for(f)) {
+            lower.tiers.cancel(now, fetch);
+        }
+    }
+
+    fn fetch(&mut self, now: Instant, names: Vec<BlockHash>, serves: Option<TransferId>) {
+        let rate = self.batcher.stats().prompt_rate;
+        let tokens = self.batcher.config().block_tokens as f64;
+        let block_compute_time = match rate {
+            0 => Duration::ZERO,
+            rate => Duration::from_secs_f64(tokens / f64::from(rate)),
+        };
+        let Some(lower) = &mut self.lower else { return };
+        let owner = SequenceId(self.next_sequence);
+        self.next_sequence += 1;
+        let fetch = FetchId(lower.next_fetch);
+        lower.next_fetch += 1;
+        self.batcher.claim_blocks(&names, owner);
+        let fetching = Fetching { owner, names: names.clone(), kept: Vec::new(), serves };
+        lower.fetches.insert(fetch, fetching);
+        lower.tiers.fetch(now, fetch, names, block_compute_time);
+        self.advance(now, false);
     }
 
     fn advance(&mut self, now: Instant, is_idle: bool) {
@@ -161,13 +194,47 @@ impl Replica {
                 lower.tiers.landed(now, landing, is_held);
             }
         }
+        self.pin_what_came_up();
         let ended = self.lower.as_mut().map(|lower| lower.tiers.take_ended()).unwrap_or_default();
         for Ended { fetch, .. } in ended {
             let fetching = self.lower.as_mut().and_then(|lower| lower.fetches.remove(&fetch));
-            if let Some(Fetching { owner, names, kept }) = fetching {
+            if let Some(Fetching { owner, names, kept, serves }) = fetching {
                 self.batcher.unclaim_blocks(&names, owner);
                 self.batcher.release_blocks(&kept);
+                self.transfers.raised.extend(serves);
             }
+        }
+    }
+
+    /// What was brought up for peers is held by their transfers from here on: held twice, it would take
+    /// twice its share of what may be held outside of sequences.
+    fn pin_what_came_up(&mut self) {
+        let Some(lower) = &mut self.lower else { return };
+        let for_peers = lower.fetches.values_mut().filter(|fetching| fetching.serves.is_some());
+        let came: Vec<BlockId> = for_peers.flat_map(|f| std::mem::take(&mut f.kept)).collect();
+        if !came.is_empty() {
+            self.pin_all_ready();
+            self.batcher.release_blocks(&came);
+        }
+    }
+
+    /// Says of tiers, too, what can be had here: `changes` are the pool's. A name that only moves between
+    /// tiers may be said to be stored once more.
+    pub(super) fn with_changes_below(&mut self, changes: Vec<NameChange>) -> Vec<NameChange> {
+        let Some(lower) = &mut self.lower else { return changes };
+        let of_pool = changes.into_iter().map(|change| match change {
+            NameChange::Stored(name) | NameChange::Removed(name) => name,
+        });
+        let mut seen = BTreeSet::new();
+        let touched = of_pool.chain(lower.tiers.take_touched()).filter(|name| seen.insert(*name));
+        let batcher = &self.batcher;
+        touched.map(|name| lower.change(name, batcher.has_block(&name))).collect()
+    }
+
+    /// See [`watch_names`](Self::watch_names).
+    pub(super) fn watch_below(&mut self) {
+        if let Some(lower) = &mut self.lower {
+            lower.tiers.watch();
         }
     }
 
@@ -222,9 +289,76 @@ impl Replica {
     }
 }
 
+impl Lower {
+    fn new(tiers: KvTiers) -> Self {
+        Lower {
+            tiers,
+            fetches: BTreeMap::new(),
+            next_fetch: 0,
+            now: Instant::ORIGIN,
+            copies_at: 0,
+            copies_left: 0,
+            told_below: BTreeSet::new(),
+        }
+    }
+
+    /// What is to be said of a name after all that happened to it.
+    fn change(&mut self, name: BlockHash, is_in_pool: bool) -> NameChange {
+        if is_in_pool {
+            self.told_below.remove(&name);
+            return NameChange::Stored(name);
+        }
+        let is_below = self.tiers.known(&[name]) == 1;
+        if is_below && (self.told_below.len() < TOLD_BELOW_MAX || self.told_below.contains(&name)) {
+            self.told_below.insert(name);
+            return NameChange::Stored(name);
+        }
+        self.told_below.remove(&name);
+        NameChange::Removed(name)
+    }
+}
+
+/// Names below the pool that others are told of, for each model; what goes beyond is brought up for
+/// requests of this node only. Too small: peers compute what lies on this disk. Too large: the tables of
+/// the directory's owners, two million names, are full of what is rarely asked for.
+const TOLD_BELOW_MAX: usize = 131_072;
 /// Bytes copied up between two steps, but one block: about 10 ms. Too small: a long prefix takes many
 /// steps. Too large: streams stutter.
 const LANDING_BYTES_PER_STEP: usize = 64 << 20;
 /// Blocks copied for the disk in one call while idle, and those looked at.
 const COPIES_PER_CALL: usize = 8;
 const COPY_WINDOW_BLOCKS: u32 = 1024;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cache::tiers::TiersConfig;
+
+    fn name(n: u32) -> BlockHash {
+        let mut name = [0; 32];
+        name[..4].copy_from_slice(&n.to_le_bytes());
+        BlockHash(name)
+    }
+
+    #[test]
+    fn what_is_told_from_below_is_bounded() {
+        let most = TOLD_BELOW_MAX as u32;
+        let mut lower = Lower::new(KvTiers::new(TiersConfig::new(most + 2, 0), 1, None));
+        for n in 0..most + 2 {
+            lower.tiers.evicted(Instant::ORIGIN, BlockId(n), name(n), &[0]);
+            let change = match n < most {
+                true => NameChange::Stored(name(n)),
+                false => NameChange::Removed(name(n)),
+            };
+            assert_eq!(lower.change(name(n), false), change);
+        }
+        // Said again: the same.
+        assert_eq!(lower.change(name(0), false), NameChange::Stored(name(0)));
+        assert_eq!(lower.change(name(most), false), NameChange::Removed(name(most)));
+        // What comes into the pool is not among them, and makes room.
+        assert_eq!(lower.change(name(0), true), NameChange::Stored(name(0)));
+        assert_eq!(lower.change(name(most), false), NameChange::Stored(name(most)));
+        assert_eq!(lower.change(name(most + 1), false), NameChange::Removed(name(most + 1)));
+        assert_eq!(lower.told_below.len(), TOLD_BELOW_MAX);
+    }
+}

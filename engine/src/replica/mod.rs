@@ -233,6 +233,7 @@ impl Replica {
     pub fn step(&mut self, clock: &dyn Fn() -> Instant, events: &mut Events) -> Option<StepReport> {
         let start = clock();
         self.step_tiers(start);
+        self.go_on_serving(start);
         self.batcher.handle(start, BatcherInput::Plan, &mut self.outputs);
         self.spill();
         let plan = self.settle(events)?;

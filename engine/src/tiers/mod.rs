@@ -148,6 +148,16 @@ impl KvTiers {
         self.machine.known(names)
     }
 
+    /// From now on [`take_touched`](Self::take_touched) says which names may have come or gone.
+    pub fn watch(&mut self) {
+        self.machine.watch();
+    }
+
+    /// Names for which [`known`](Self::known) may have changed since the last call.
+    pub fn take_touched(&mut self) -> Vec<BlockHash> {
+        self.machine.take_touched()
+    }
+
     /// Begins to bring these blocks up; they come as [`Landing`]s, and at the end an [`Ended`] does. The
     /// id is new. `block_compute_time` is what one of them takes to compute, zero if unknown: the whole
     /// fetch takes no longer than computing would.

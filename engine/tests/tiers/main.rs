@@ -2,6 +2,7 @@
 
 mod faulty;
 mod model;
+mod peers;
 mod storms;
 #[path = "../../../node/tests/api/tiny_model.rs"]
 mod tiny_model;

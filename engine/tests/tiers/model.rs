@@ -17,7 +17,7 @@ const PROMPT_TOKENS: u32 = 100;
 const CACHED: usize = 96;
 
 /// Cached tokens, and each token with the bits of its log-probability.
-type Answer = (usize, Vec<(TokenId, u32)>);
+pub(super) type Answer = (usize, Vec<(TokenId, u32)>);
 
 #[test]
 fn a_spill_to_host_memory_changes_no_bit() {
@@ -155,18 +155,18 @@ fn smaller_bounds_cut_the_file() {
     assert!(path.metadata().expect("it is there").len() <= 30 * record_bytes);
 }
 
-fn replica() -> Replica {
+pub(super) fn replica() -> Replica {
     tiny_model::load(Architecture::Llama).0
 }
 
-fn with_tiers(replica: &mut Replica, options: TiersOptions) {
+pub(super) fn with_tiers(replica: &mut Replica, options: TiersOptions) {
     let tiers = KvTiers::open(&options, replica.record_format()).expect("tiers are asked for");
     replica.set_tiers(tiers);
     rest(replica);
 }
 
 /// No host memory but the buffer, and a disk for everything.
-fn on_disk(folder: &Path) -> Replica {
+pub(super) fn on_disk(folder: &Path) -> Replica {
     let mut replica = replica();
     let disk = DiskOptions { folder: folder.to_owned(), bytes: 64 << 20 };
     with_tiers(&mut replica, TiersOptions { host_bytes: 0, disk: Some(disk) });
@@ -181,16 +181,16 @@ fn file(folder: &Path) -> PathBuf {
     found.next().expect("a folder of a format").join("blocks.kv")
 }
 
-fn prompt(n: u32) -> Vec<TokenId> {
+pub(super) fn prompt(n: u32) -> Vec<TokenId> {
     (0..PROMPT_TOKENS).map(|i| (i * 7 + n * 13 + i * n) % 200).collect()
 }
 
-fn answers(replica: &mut Replica, prompts: u32) -> Vec<Answer> {
+pub(super) fn answers(replica: &mut Replica, prompts: u32) -> Vec<Answer> {
     (0..prompts).map(|n| answer(replica, TenantId::local(), n)).collect()
 }
 
 /// What a greedy request says; then the disk writes what it will.
-fn answer(replica: &mut Replica, tenant: TenantId, n: u32) -> Answer {
+pub(super) fn answer(replica: &mut Replica, tenant: TenantId, n: u32) -> Answer {
     let request = GenerateRequest {
         max_tokens: Some(6),
         ignore_eos: true,
@@ -217,7 +217,7 @@ fn answer(replica: &mut Replica, tenant: TenantId, n: u32) -> Answer {
     (cached, tokens)
 }
 
-fn rest(replica: &mut Replica) {
+pub(super) fn rest(replica: &mut Replica) {
     while replica.idle(Instant::ORIGIN) {
         std::thread::yield_now();
     }

@@ -1,18 +1,18 @@
 //! Two nodes of a mesh with the same model: one prefills, the other decodes.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use engine::model::Architecture;
 use node::mesh::{Mesh, MeshOptions, Roster};
-use node::{Loaded, ModelOptions, Node, NodeOptions};
+use node::{Node, NodeOptions};
 use protocol::identity::Roles;
 use protocol::node_record::{NodeRole, ReplicaState};
 use scheduler::router::Disagg;
 use serde_json::{Value, json};
 
 use crate::common::*;
-use crate::tiny_model::load;
+use crate::tiers::tiny_on;
 
 struct Member {
     node: Node,
@@ -21,7 +21,8 @@ struct Member {
     _data: tempfile::TempDir,
 }
 
-async fn member(role: NodeRole, other: Option<&Member>) -> Member {
+/// With a disk below its KV cache, if there is a folder for it.
+async fn member(role: NodeRole, other: Option<&Member>, folder: Option<&Path>) -> Member {
     let data = tempfile::tempdir().unwrap();
     let roster = Roster::new();
     let token = other.map(|other| {
@@ -31,12 +32,7 @@ async fn member(role: NodeRole, other: Option<&Member>) -> Member {
     let service = roster.clone();
     let options = MeshOptions { service, token, ..MeshOptions::new(data.path(), loopback()) };
     let mesh = Mesh::start(options).await.unwrap();
-    let loader = Box::new(|_: &dyn Fn(f32, &'static str)| {
-        let (replica, template, hidden) = load(Architecture::Llama);
-        Ok(Loaded::new(replica, template, hidden, "fp_tiny".to_owned()))
-    });
-    let mut options =
-        NodeOptions::new(loopback(), vec![ModelOptions { id: "m".to_owned(), loader }]);
+    let mut options = NodeOptions::new(loopback(), vec![tiny_on(folder)]);
     (options.role, options.disagg) = (role, Disagg::Always);
     let node = node::serve(options).await.unwrap();
     node.join(mesh.clone(), roster.clone(), data.path()).unwrap();
@@ -46,8 +42,13 @@ async fn member(role: NodeRole, other: Option<&Member>) -> Member {
 
 /// A prefiller and a decoder that know of each other.
 async fn pair() -> (Member, Member) {
-    let prefiller = member(NodeRole::Prefill, None).await;
-    let decoder = member(NodeRole::Both, Some(&prefiller)).await;
+    pair_on(None).await
+}
+
+/// The prefiller may have a disk.
+async fn pair_on(folder: Option<&Path>) -> (Member, Member) {
+    let prefiller = member(NodeRole::Prefill, None, folder).await;
+    let decoder = member(NodeRole::Both, Some(&prefiller), None).await;
     for _ in 0..500 {
         let ready = decoder.roster.peers().await.iter().any(|peer| {
             let record = peer.record.as_ref();
@@ -63,11 +64,7 @@ async fn pair() -> (Member, Member) {
 }
 
 async fn alone() -> Node {
-    let loader = Box::new(|_: &dyn Fn(f32, &'static str)| {
-        let (replica, template, hidden) = load(Architecture::Llama);
-        Ok(Loaded::new(replica, template, hidden, "fp_tiny".to_owned()))
-    });
-    start(NodeOptions::new(loopback(), vec![ModelOptions { id: "m".to_owned(), loader }])).await
+    start(NodeOptions::new(loopback(), vec![tiny_on(None)])).await
 }
 
 fn ask(number: usize, extra: Value) -> Value {
@@ -131,6 +128,32 @@ async fn what_another_node_has_cached_counts_as_cached() {
     let cached = second["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64();
     let prompt = second["usage"]["prompt_tokens"].as_u64().unwrap();
     assert_eq!(cached, Some((prompt - 1) / 16 * 16), "{second}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_another_node_has_on_disk_counts_as_cached() {
+    let folder = tempfile::tempdir().unwrap();
+    let before = start(NodeOptions::new(loopback(), vec![tiny_on(Some(folder.path()))])).await;
+    let body = ask(0, json!({}));
+    let first = post(&before, "/v1/completions", &body).await.json();
+    let tokens = first["usage"]["total_tokens"].as_u64().unwrap();
+    let on_disk = ["grapevine_kv_tier_blocks", "tier=\"disk\""];
+    metric_becomes(&before, &on_disk, ((tokens - 1) / 16) as f64).await;
+    before.shutdown().await;
+
+    let (prefiller, decoder) = pair_on(Some(folder.path())).await;
+    let second = post(&decoder.node, "/v1/completions", &body).await.json();
+    assert_eq!(first["choices"], second["choices"]);
+    let cached = second["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64();
+    let prompt = second["usage"]["prompt_tokens"].as_u64().unwrap();
+    assert_eq!(cached, Some((prompt - 1) / 16 * 16), "{second}");
+    let hits = metric(
+        &prefiller.node,
+        "grapevine_kv_tier_hits_total{gen_ai_request_model=\"m\",tier=\"disk\"}",
+    )
+    .await;
+    assert_eq!(hits, ((prompt - 1) / 16) as f64);
+    settled(&prefiller.node).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

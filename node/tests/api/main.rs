@@ -5,4 +5,5 @@ mod common;
 mod handoff;
 mod http;
 mod real;
+mod tiers;
 mod tiny_model;

@@ -14,6 +14,11 @@ impl Batcher {
         names.iter().take_while(|name| self.pool.lookup(name) != Lookup::Absent).count()
     }
 
+    /// Whether the block is in the pool, whole.
+    pub fn has_block(&self, name: &BlockHash) -> bool {
+        matches!(self.pool.lookup(name), Lookup::Ready(_))
+    }
+
     /// `n` blocks that nobody else reads or writes, or none at all if running sequences may need them. At
     /// most half of the pool is held in this way, so that sequences go on beside it.
     pub fn reserve_blocks(&mut self, n: usize) -> Vec<BlockId> {
