@@ -5,19 +5,28 @@ a node alone gives.
 is right.
 """
 
+import json
 import random
+import re
 import signal
 import threading
 import time
 
 from nodes import Node, check, say, until, wait
-from streams import BROKEN, Events, Slow, by_choice, difference, revive
+from streams import BROKEN, Events, Slow, by_choice, continued, difference, revive, worked
 
 TOKENS = 64
 WORDS = ["vine", "wall", "stone", "river", "light", "north", "table", "cloud", "glass", "night", "bread", "field"]
+# Whatever is drawn, it is over within the tokens of an answer.
+SCHEMA = {"type": "object", "required": ["hosts", "name"], "additionalProperties": False, "properties": {
+    "hosts": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 999}, "minItems": 3, "maxItems": 6},
+    "name": {"type": "string", "maxLength": 12}}}
+JSON_KIND = "a JSON schema"
 KINDS = {
     "greedy": {"temperature": 0},
     "two seeded choices": {"n": 2, "seed": 11, "temperature": 0.9, "logprobs": 2},
+    JSON_KIND: {"n": 2, "seed": 3, "temperature": 0.8, "max_tokens": 200, "response_format": {
+        "type": "json_schema", "json_schema": {"name": "fleet", "schema": SCHEMA}}},
 }
 
 
@@ -25,7 +34,25 @@ def long_request(number: int, extra: dict) -> tuple[str, dict]:
     """A prompt of some 200 tokens that nobody has seen yet."""
     drawn = random.Random(number)
     prompt = f"Story {number}: " + " ".join(drawn.choice(WORDS) for _ in range(120))
+    if "response_format" in extra:
+        return "/v1/chat/completions", {"messages": [{"role": "user", "content": prompt}]} | extra
     return "/v1/completions", {"prompt": prompt, "max_tokens": TOKENS, "ignore_eos": True} | extra
+
+
+def keeps_schema(events: list[str]) -> bool:
+    """Whether each choice of a chat is an object as the schema wants it."""
+    texts: dict[int, str] = {}
+    for event in events:
+        data = event.split(" ", 1)[-1]
+        for choice in json.loads(data).get("choices", []) if data != "[DONE]" else []:
+            texts[choice["index"]] = texts.get(choice["index"], "") + (choice["delta"].get("content") or "")
+    try:
+        fleets = [json.loads(text) for text in texts.values()]
+        return len(fleets) == 2 and all(
+            set(fleet) == {"hosts", "name"} and 3 <= len(fleet["hosts"]) <= 6 and len(fleet["name"]) <= 12
+            and all(isinstance(host, int) and 0 <= host <= 999 for host in fleet["hosts"]) for fleet in fleets)
+    except (ValueError, TypeError):
+        return False
 
 
 def counter(node: Node, line: str) -> float:
@@ -42,6 +69,13 @@ def used_blocks(node: Node) -> float:
     return sum(float(line.split()[-1]) for line in lines)
 
 
+# A process that has run for so long has its threads, connections and buffers, and not yet all of its pool's pages: 16 MiB
+# are touched as they are first used.
+WARM_UP_S = 5
+# Seen are some 5 MiB beside the pool.
+GROWTH_MIB = 40
+
+
 class Fleet:
     def __init__(self, alone: Node, nodes: list[Node]):
         self.alone, self.nodes = alone, nodes
@@ -52,7 +86,10 @@ class Fleet:
         """A new request, and the events of its answer."""
         self.number += 1
         request = long_request(self.number, extra)
-        return request, Events(request).read(self.alone).seen
+        whole = Events(request).read(self.alone).seen
+        if "response_format" in extra and not keeps_schema(whole):
+            check("an answer keeps to its schema", False, whole)
+        return request, whole
 
     def ready(self) -> bool:
         """Every node sees all three replicas."""
@@ -121,29 +158,41 @@ def decoder_or_ingress_struck(fleet: Fleet, every: int) -> None:
     prefiller."""
     for who in ("decoder", "ingress"):
         for name, number in [("SIGKILL", signal.SIGKILL), ("SIGSTOP", signal.SIGSTOP)]:
-            wrong, pauses, places = [], [], range(0, TOKENS - 6, every)
-            for at in places:
-                request, whole = fleet.request(KINDS["greedy"])
-                stream = strike(fleet, request, who, at, number)
-                pauses.append(stream.pause())
-                if by_choice(stream.seen) != by_choice(whole):
-                    wrong.append((at, difference(stream.seen, whole)))
-                wait(30, fleet.ready)
-            check(f"the {who} gets {name} after each of {len(places)} events, and the events are the same", not wrong,
-                  f"{len(wrong)} not: {wrong[:2]}" if wrong else "")
-            say(f"longest pause of each: {min(pauses):.2f} to {max(pauses):.2f} s")
+            for kind in KINDS:
+                wrong, pauses, before = [], [], continued(fleet.e1)
+                places = range(0, TOKENS - 6, every)
+                if kind != "greedy":
+                    # An answer to a schema may have no more than 40 events. A stopped node is noticed after some seconds.
+                    places = range(1, 36, 11) if number == signal.SIGKILL else [20]
+                    if who == "ingress" and every > 1:
+                        continue
+                for at in places:
+                    request, whole = fleet.request(KINDS[kind])
+                    stream = strike(fleet, request, who, at, number)
+                    pauses.append(stream.pause())
+                    if by_choice(stream.seen) != by_choice(whole):
+                        wrong.append((at, difference(stream.seen, whole)))
+                    wait(30, fleet.ready)
+                check(f"{kind}: the {who} gets {name} after each of {len(places)} events, and the events are the same",
+                      not wrong, f"{len(wrong)} not: {wrong[:2]}" if wrong else "")
+                if who == "decoder" and number == signal.SIGKILL:
+                    moved = continued(fleet.e1) - before
+                    check("and streams went on elsewhere", moved > 0, f"{moved} of {len(places)}")
+                say(f"longest pause of each: {min(pauses):.2f} to {max(pauses):.2f} s")
     until("no block is left in use", 20, fleet.settled)
 
 
 def strike(fleet: Fleet, request: tuple[str, dict], who: str, at: int, number: int) -> Events:
-    # The entrance's choice is not known beforehand, so a decoder is struck where it is the ingress' neighbour:
-    # by turns both.
-    victim = fleet.e1 if who == "ingress" else (fleet.d1 if at % 2 else fleet.d2)
-    with Slow([fleet.d1, fleet.d2]) as slow:
+    decoders, victims = [fleet.d1, fleet.d2], [fleet.e1] if who == "ingress" else []
+    with Slow(decoders) as slow:
+        before = {node.name: worked(node) for node in decoders}
 
         def on_event(count: int) -> None:
             if count == at + 1:
-                slow.strike(victim, number)
+                # The entrance's choice is who has worked more.
+                if not victims:
+                    victims.append(max(decoders, key=lambda node: worked(node) - before[node.name]))
+                slow.strike(victims[0], number)
                 if who == "ingress":
                     raise ConnectionAbortedError("the client lets go")
 
@@ -158,8 +207,55 @@ def strike(fleet: Fleet, request: tuple[str, dict], who: str, at: int, number: i
                 stream.seen.append(f"{type(error).__name__}: {error}")
         except BROKEN as error:
             stream.seen.append(f"{type(error).__name__}: {error}")
-    revive(victim, number)
+    for victim in victims:
+        revive(victim, number)
     return stream
+
+
+class Memory(threading.Thread):
+    """Looks again and again at how much memory each process has."""
+
+    def __init__(self, nodes: list[Node]):
+        super().__init__(daemon=True)
+        self.nodes, self.over = nodes, threading.Event()
+        # By name and process: when it was seen first; MiB after its warm-up and last.
+        self.seen: dict[tuple[str, int], float] = {}
+        self.warm: dict[tuple[str, int], float] = {}
+        self.last: dict[tuple[str, int], tuple[float, float]] = {}
+
+    def run(self) -> None:
+        while not self.over.wait(0.25):
+            self.look()
+
+    def look(self) -> None:
+        now = time.monotonic()
+        for node in self.nodes:
+            if not (process := node.process):
+                continue
+            key = (node.name, process.pid)
+            try:
+                with open(f"/proc/{process.pid}/status") as status:
+                    resident = re.search(r"^VmRSS:\s+(\d+) kB", status.read(), re.M)
+            except OSError:
+                continue
+            # A process that has ended has no memory.
+            if not resident:
+                continue
+            mib = int(resident.group(1)) / 1024
+            if now - self.seen.setdefault(key, now) >= WARM_UP_S:
+                self.warm.setdefault(key, mib)
+                self.last[key] = (now, mib)
+
+    def check(self) -> None:
+        self.over.set()
+        self.join(timeout=10)
+        self.look()
+        grown = {key: self.last[key][1] - warm for key, warm in self.warm.items() if self.last[key][0] - self.seen[key] >= 2 * WARM_UP_S}
+        for key in sorted(grown):
+            life = self.last[key][0] - self.seen[key]
+            say(f"{key[0]}, process {key[1]}: {self.warm[key]:.1f} MiB after {WARM_UP_S} s, {self.last[key][1]:.1f} MiB after {life:.0f} s")
+        check(f"no process grows by {GROWTH_MIB} MiB", bool(grown) and max(grown.values()) < GROWTH_MIB,
+              f"at most by {max(grown.values(), default=0):.1f} MiB")
 
 
 class Client(threading.Thread):
@@ -190,7 +286,9 @@ class Client(threading.Thread):
 
 def chaos(fleet: Fleet, requests: int, clients: int, every_s: float) -> None:
     """Many requests while a random node is killed now and then, and started again."""
-    work = [fleet.request(list(KINDS.values())[k % 2]) for k in range(requests)]
+    work = [fleet.request(list(KINDS.values())[k % len(KINDS)]) for k in range(requests)]
+    memory = Memory(fleet.nodes)
+    memory.start()
     results, lock = [], threading.Lock()
     threads = [Client(fleet, work, results, lock) for _ in range(clients)]
     drawn, killed, over = random.Random(7), {}, threading.Event()
@@ -217,8 +315,9 @@ def chaos(fleet: Fleet, requests: int, clients: int, every_s: float) -> None:
     check("every client came back", not any(thread.is_alive() for thread in threads))
     same_as = [by_choice(stream.seen) == by_choice(whole) for stream, whole, _ in results]
     wrong = [difference(s.seen, w) for (s, w, _), ok in zip(results, same_as) if not ok and s.is_whole()]
-    failed = [errors[-1] for (s, _, errors), ok in zip(results, same_as) if not ok and not s.is_whole()]
+    failed = [(s.path, len(s.seen), errors[:2], errors[-1]) for (s, _, errors), ok in zip(results, same_as) if not ok and not s.is_whole()]
     check(f"{requests} requests of {clients} clients, kills {killed}: no token wrong, missing or twice", not wrong, wrong[:2] if wrong else "")
     check("and all came to their end", len(results) == requests and not failed, failed[:3] if failed else f"{time.monotonic() - began:.0f} s")
     until("all nodes are back", 30, fleet.ready)
     until("no block is left in use", 20, fleet.settled)
+    memory.check()
