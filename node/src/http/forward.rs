@@ -101,6 +101,10 @@ pub(super) async fn forward(
     let forwarding =
         Forwarding { app, roster, caller, endpoint, traceparent, peek, bytes, overlap };
     if let Some(last_event) = last_event {
+        // Its client knows other nodes, and this one would break it off again.
+        if let Err(error) = forwarding.app.admit() {
+            return Failure(error).into_response();
+        }
         return forwarding.resume(&last_event).await.unwrap_or_else(IntoResponse::into_response);
     }
     let overlap = overlap::overlap(

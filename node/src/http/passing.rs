@@ -340,6 +340,10 @@ impl Passing {
 
 impl Drop for Passing {
     fn drop(&mut self) {
+        if !self.ended {
+            // Its client has left.
+            self.request.caller.log.failed(ErrorCode::Cancelled);
+        }
         self.settle(Outcome::Ended);
     }
 }
