@@ -125,7 +125,7 @@ pub(crate) fn spawn(
     });
 }
 
-/// Makes one step, so that the first client does not pay for cold pages, then starts the thread.
+/// Warms the model up, then starts its thread.
 fn start(id: &str, mut loaded: Loaded, metrics: &Metrics, kv: &KvPlane) -> Result<Model, String> {
     let origin = Instant::now();
     let clock = move || {
@@ -133,7 +133,7 @@ fn start(id: &str, mut loaded: Loaded, metrics: &Metrics, kv: &KvPlane) -> Resul
             u64::try_from(origin.elapsed().as_nanos()).unwrap_or(u64::MAX),
         )
     };
-    warm_up(&mut *loaded.core, &clock)?;
+    warm_up(&mut *loaded.core, loaded.context_tokens_max, &clock)?;
     let metrics = metrics.model(id);
     let (replica, _thread) =
         ReplicaHandle::spawn(id, loaded.core, Arc::new(clock), metrics.clone())
@@ -164,11 +164,36 @@ fn start(id: &str, mut loaded: Loaded, metrics: &Metrics, kv: &KvPlane) -> Resul
     })
 }
 
-fn warm_up(core: &mut dyn Core, clock: &dyn Fn() -> protocol::Instant) -> Result<(), String> {
+/// Makes the first steps, so that the first client does not pay for cold pages, and so that routers know
+/// from the first report on what this replica can do: one that has measured nothing is taken for a slow
+/// one, and gets nothing that it could measure.
+fn warm_up(
+    core: &mut dyn Core,
+    context_tokens_max: usize,
+    clock: &dyn Fn() -> protocol::Instant,
+) -> Result<(), String> {
+    warm_step(core, 1, clock)?;
+    // A prompt token takes no longer than a step of its own.
+    let step_ns = core.stats().decode_step.as_nanos().max(1);
+    let tokens = usize::try_from(MEASURE_TIME.as_nanos() / step_ns).unwrap_or(usize::MAX);
+    let tokens = tokens.clamp(MEASURED_TOKENS_MIN, MEASURED_TOKENS_MAX);
+    match tokens + WARM_TOKENS <= context_tokens_max {
+        true => warm_step(core, tokens, clock),
+        // Of so short a context no prompt takes long.
+        false => Ok(()),
+    }
+}
+
+/// Has a prompt of so many tokens computed, and a short answer.
+fn warm_step(
+    core: &mut dyn Core,
+    prompt_tokens: usize,
+    clock: &dyn Fn() -> protocol::Instant,
+) -> Result<(), String> {
     let request = GenerateRequest {
         max_tokens: Some(WARM_TOKENS),
         ignore_eos: true,
-        ..GenerateRequest::new(RequestId(u128::MAX), vec![0])
+        ..GenerateRequest::new(RequestId(u128::MAX), vec![0; prompt_tokens])
     };
     core.submit(clock(), Work::Generate(Box::new(request)))
         .map_err(|e| format!("its first step: {e}"))?;
@@ -190,5 +215,10 @@ fn warm_up(core: &mut dyn Core, clock: &dyn Fn() -> protocol::Instant) -> Result
 
 /// Share of the progress that reading the files takes.
 const READING: f32 = 0.95;
-const WARM_TOKENS: usize = 2;
-const WARM_STEPS_MAX: usize = 16;
+const WARM_TOKENS: usize = 4;
+/// About how long a prompt is computed, to see how fast.
+const MEASURE_TIME: Duration = Duration::from_millis(500);
+/// Fewer tokens say little of a prompt.
+const MEASURED_TOKENS_MIN: usize = 64;
+const MEASURED_TOKENS_MAX: usize = 512;
+const WARM_STEPS_MAX: usize = 64;

@@ -7,12 +7,12 @@ pub(super) struct Pace {
     began: Instant,
     prompt_tokens: usize,
     /// A step of decodes alone.
-    decode_step: Option<Duration>,
+    decode_step: Mean,
     /// What one prompt token adds to a step.
-    prompt_token: Option<Duration>,
+    prompt_token: Mean,
     last_end: Option<Instant>,
     /// From one end of a sequence that ran to the next.
-    between_ends: Duration,
+    between_ends: Mean,
 }
 
 impl Pace {
@@ -24,13 +24,19 @@ impl Pace {
     pub fn end_step(&mut self, now: Instant) {
         let took = now.saturating_since(self.began);
         match u32::try_from(self.prompt_tokens).unwrap_or(u32::MAX) {
-            0 => self.decode_step = Some(steady(self.decode_step, took, WHOLE)),
+            0 => self.decode_step.add_steady(took, WHOLE),
             n => {
                 // What the decodes of the step would have cost anyway is not the prompt's: with it, few
                 // prompt tokens would look dear and become ever fewer.
-                let added = took.saturating_sub(self.decode_step.unwrap_or_default()) / n;
-                // A handful of tokens costs what a step costs: that says little about a prompt.
-                self.prompt_token = Some(steady(self.prompt_token, added, n.min(WHOLE)));
+                let added = took.saturating_sub(self.decode_step.value) / n;
+                // A step's time is off by as much whatever is in it, so a token's by one part in `n` of
+                // that: a measurement counts by the square of its tokens. The leftovers of prompts that
+                // were computed elsewhere count only as long as nothing better is known: they are all off
+                // to the same side, and a node may compute nothing else.
+                let n = n.min(WHOLE_TOKENS);
+                if n * n >= ENOUGH || self.prompt_token.weight < ENOUGH {
+                    self.prompt_token.add_steady(added, n * n);
+                }
             }
         }
     }
@@ -38,29 +44,34 @@ impl Pace {
     /// Prompt tokens that fit beside the decodes into a step of `target`; no limit while nothing has
     /// been measured.
     pub fn prompt_tokens_within(&self, target: Duration) -> usize {
-        let Some(each) = self.prompt_token.filter(|each| !each.is_zero()) else {
+        let Some(each) = self.prompt_token().filter(|each| !each.is_zero()) else {
             return usize::MAX;
         };
-        let left = target.saturating_sub(self.decode_step.unwrap_or_default());
+        let left = target.saturating_sub(self.decode_step.value);
         let fit = usize::try_from(left.as_nanos() / each.as_nanos()).unwrap_or(usize::MAX);
         fit.max(PROMPT_TOKENS_MIN)
     }
 
     /// Prompt tokens per second; 0 while nothing has been measured.
     pub fn prompt_rate(&self) -> u32 {
-        let each = self.prompt_token.unwrap_or_default().as_nanos();
+        let each = self.prompt_token().unwrap_or_default().as_nanos();
         let rate = 1_000_000_000u128.checked_div(each).unwrap_or(0);
         u32::try_from(rate).unwrap_or(u32::MAX)
     }
 
     /// A step of decodes alone, of late; zero while nothing has been measured.
     pub fn decode_step(&self) -> Duration {
-        self.decode_step.unwrap_or_default()
+        self.decode_step.value
+    }
+
+    /// `None` until enough has been measured to say it.
+    fn prompt_token(&self) -> Option<Duration> {
+        (self.prompt_token.weight >= ENOUGH).then_some(self.prompt_token.value)
     }
 
     pub fn sequence_ended(&mut self, now: Instant) {
         if let Some(last) = self.last_end {
-            self.between_ends = average(Some(self.between_ends), now.saturating_since(last), WHOLE);
+            self.between_ends.add(now.saturating_since(last), WHOLE);
         }
         self.last_end = Some(now);
     }
@@ -69,34 +80,53 @@ impl Pace {
     /// between ends.
     pub fn retry_after(&self, queued: usize) -> Duration {
         let half = u32::try_from(queued / 2).unwrap_or(u32::MAX);
-        self.between_ends.saturating_mul(half).clamp(RETRY_AFTER_MIN, RETRY_AFTER_MAX)
+        self.between_ends.value.saturating_mul(half).clamp(RETRY_AFTER_MIN, RETRY_AFTER_MAX)
     }
 }
 
-/// An eighth of it is new where it weighs [`WHOLE`], less where it weighs less.
-fn average(before: Option<Duration>, now: Duration, weight: u32) -> Duration {
-    let all = WHOLE * 8;
-    before.map_or(now, |before| {
-        before.saturating_mul(all - weight).saturating_add(now.saturating_mul(weight)) / all
-    })
+/// What has been measured of late: the mean of all at first, then an eighth of it is new where that weighs
+/// [`WHOLE`]. So the first measurement, which is of cold pages or of next to nothing, does not stay.
+#[derive(Clone, Copy, Debug, Default)]
+struct Mean {
+    value: Duration,
+    /// Of all that it is made of, at most [`MEMORY`].
+    weight: u32,
 }
 
-/// The same for what is the pace of the next steps, too. A process that was stopped, or a disk that
-/// hung, made one step endless: that is no pace, and routers would send nothing here to correct it. A
-/// machine that did become slow is believed after a few steps.
-fn steady(before: Option<Duration>, now: Duration, weight: u32) -> Duration {
-    let most = before.map_or(now, |before| before.saturating_mul(OUTLIER).max(TICK));
-    average(before, now.min(most), weight)
+impl Mean {
+    fn add(&mut self, now: Duration, weight: u32) {
+        // What said little gives way to the first that says something.
+        let is_first = self.weight < ENOUGH && weight >= ENOUGH;
+        let kept = if is_first { 0 } else { self.weight.min(MEMORY - weight) };
+        let sum = self.value.saturating_mul(kept).saturating_add(now.saturating_mul(weight));
+        *self = Mean { value: sum / (kept + weight), weight: kept + weight };
+    }
+
+    /// The same for what is the pace of the next steps, too. A process that was stopped, or a disk that
+    /// hung, made one step endless: that is no pace, and routers would send nothing here to correct it.
+    /// A machine that did become slow is believed after a few steps.
+    fn add_steady(&mut self, now: Duration, weight: u32) {
+        let most = match self.weight >= WHOLE {
+            true => self.value.saturating_mul(OUTLIER).max(TICK),
+            false => now,
+        };
+        self.add(now.min(most), weight);
+    }
 }
 
 /// Prompts go on at this rate at least, however slow the machine: below it the weights are read for
 /// too little.
 const PROMPT_TOKENS_MIN: usize = 32;
 /// Prompt tokens of a step from which on it is taken for the pace of prompts.
-const WHOLE: u32 = 64;
-/// One measurement counts at most so many times the average before it.
+const WHOLE_TOKENS: u32 = 64;
+/// What such a step weighs, and any other that is a measurement of its own.
+const WHOLE: u32 = WHOLE_TOKENS * WHOLE_TOKENS;
+const MEMORY: u32 = 8 * WHOLE;
+/// Weight from which on a pace of prompts is known: of one step with half of [`WHOLE_TOKENS`].
+const ENOUGH: u32 = WHOLE / 4;
+/// One measurement counts at most so many times the mean before it.
 const OUTLIER: u32 = 4;
-/// What averages of nothing grow from.
+/// What means of nothing grow from.
 const TICK: Duration = Duration::from_micros(1);
 const RETRY_AFTER_MIN: Duration = Duration::from_secs(1);
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
@@ -116,6 +146,7 @@ mod tests {
         };
         step(&mut pace, Duration::from_millis(100));
         assert_eq!(pace.prompt_rate(), 1000);
+        (0..7).for_each(|_| step(&mut pace, Duration::from_millis(100)));
         step(&mut pace, Duration::from_secs(60));
         assert!((700..1000).contains(&pace.prompt_rate()), "{}", pace.prompt_rate());
         // A machine that is ten times as slow from now on is known for it soon.
@@ -125,15 +156,34 @@ mod tests {
         assert!((90..130).contains(&pace.prompt_rate()), "{}", pace.prompt_rate());
     }
 
-    #[test]
-    fn a_few_tokens_do_not_make_a_fast_machine_slow() {
+    /// Steps of so many prompt tokens that take so many milliseconds, and the rate after them.
+    fn rate_after(steps: &[(usize, u64)]) -> u32 {
         let mut pace = Pace::default();
         let mut now = Instant::ORIGIN;
-        for (tokens, took_ms) in [(512, 512)].into_iter().chain([(4, 40); 20]) {
+        for &(tokens, took_ms) in steps {
             pace.begin_step(now, tokens);
             now = now + Duration::from_millis(took_ms);
             pace.end_step(now);
         }
-        assert!(pace.prompt_rate() > 600, "{}", pace.prompt_rate());
+        pace.prompt_rate()
+    }
+
+    /// A machine that computes 1,000 prompt tokens a second, and whose steps take 20 ms whatever is in them.
+    #[test]
+    fn a_few_tokens_do_not_make_a_fast_machine_slow() {
+        let (decode, prompt, leftover) = ((0, 20), (512, 532), (8, 60));
+        let from = |steps: &[&[(usize, u64)]]| rate_after(&steps.concat());
+        assert_eq!(from(&[]), 0);
+        // What a warm-up gives: cold, then a decode, then a prompt.
+        assert_eq!(from(&[&[(1, 900), decode]]), 0, "one token says nothing");
+        let warm = [(1, 900), decode, prompt];
+        assert!((990..=1000).contains(&from(&[&warm])), "{}", from(&[&warm]));
+        // A decoder whose prompts come from elsewhere computes what is left of them, at 200 a second.
+        assert_eq!(from(&[&warm, &[leftover; 1000]]), from(&[&warm]));
+        // Even as the first of all: one prompt is believed at once.
+        let rate = from(&[&[decode], &[leftover; 1000], &[prompt]]);
+        assert!((500..=1000).contains(&rate), "{rate}");
+        // And what nothing else is known of is better than nothing.
+        assert!((190..=210).contains(&from(&[&[decode], &[leftover; 1000]])));
     }
 }
