@@ -9,6 +9,8 @@ use cache::directory::{
     CallId, Owner, OwnerConfig, Reporter, ReporterConfig, ReporterInput, ReporterOutput,
 };
 use cache::{BlockHash, NameChange};
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use protocol::directory::{Found, HOLDERS_MAX, Heard, Holder, QUERY, Query, REPORT, Report};
 use protocol::{Instant, Machine, NodeId};
 use tokio::sync::Notify;
@@ -78,12 +80,11 @@ impl Directory {
         let (part, owners) = self.lock().reporter.owners_of(identity, first.short());
         let names = names.iter().map(BlockHash::short).collect();
         let query = Query { part, names, holders_max: HOLDERS_ASKED.min(HOLDERS_MAX) as u16 };
-        let found = match owners.first() {
-            _ if owners.contains(&self.own) => Some(self.lock().owner.query(&query)),
-            Some(&owner) => self.ask(owner, &query).await,
-            None => None,
-        };
-        found.unwrap_or_default().holders
+        if owners.contains(&self.own) {
+            return self.lock().owner.query(&query).holders;
+        }
+        let answers = owners.into_iter().map(|owner| self.ask(owner, &query));
+        first_good(answers).await.unwrap_or_default().holders
     }
 
     /// Takes a call of a member, if it is about the directory.
@@ -209,6 +210,22 @@ impl Directory {
     }
 }
 
+/// The first answer of an owner that knows anything; without one, what any of them answered. All are asked
+/// at once: one that is dead and not known for it would otherwise cost every request a wait.
+async fn first_good(
+    answers: impl IntoIterator<Item = impl Future<Output = Option<Found>>>,
+) -> Option<Found> {
+    let mut answers: FuturesUnordered<_> = answers.into_iter().collect();
+    let mut found = None;
+    while let Some(answer) = answers.next().await {
+        match answer {
+            Some(answer) if answer.nodes > 0 => return Some(answer),
+            answer => found = found.or(answer),
+        }
+    }
+    found
+}
+
 fn name_of(change: &NameChange) -> &BlockHash {
     match change {
         NameChange::Stored(name) | NameChange::Removed(name) => name,
@@ -222,3 +239,33 @@ const TELL_WAIT: Duration = Duration::from_secs(2);
 /// Longest wait for an owner before a prompt is planned without its answer.
 const QUERY_WAIT: Duration = Duration::from_millis(100);
 const HOLDERS_ASKED: usize = 8;
+
+#[cfg(test)]
+mod tests {
+    use std::future::{pending, ready};
+
+    use futures_util::FutureExt;
+    use futures_util::future::BoxFuture;
+
+    use super::*;
+
+    #[test]
+    fn one_owner_that_answers_is_enough() {
+        let found = |nodes| Some(Found { nodes, ..Found::default() });
+        let says = |answer: Option<Found>| -> BoxFuture<'static, _> { ready(answer).boxed() };
+        let silent = || -> BoxFuture<'static, _> { pending().boxed() };
+        for (what, answers, expect) in [
+            ("the first is silent", vec![silent(), says(found(3))], Some(found(3))),
+            ("the second is", vec![says(found(3)), silent()], Some(found(3))),
+            ("the first cannot be reached", vec![says(None), says(found(3))], Some(found(3))),
+            ("the first is new", vec![says(found(0)), says(found(3))], Some(found(3))),
+            ("both are new", vec![says(found(0)), says(found(0))], Some(found(0))),
+            ("one is new, one cannot be reached", vec![says(found(0)), says(None)], Some(found(0))),
+            ("neither can be", vec![says(None), says(None)], Some(None)),
+            ("there is none", vec![], Some(None)),
+            ("one is new, and the other may know", vec![says(found(0)), silent()], None),
+        ] {
+            assert_eq!(first_good(answers).now_or_never(), expect, "{what}");
+        }
+    }
+}
