@@ -90,6 +90,7 @@ pub async fn serve(options: NodeOptions) -> Result<Node, ServeError> {
         limits: options.http.clone(),
         role: options.role,
         disagg: options.disagg,
+        policy: options.policy,
         ids: RequestIds::new(),
         roster: OnceLock::new(),
         measured: OnceLock::new(),

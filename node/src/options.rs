@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use protocol::node_record::NodeRole;
-use scheduler::router::Disagg;
+use scheduler::router::{Disagg, Policy};
 
 use crate::http::ApiKeys;
 use crate::load::{Loader, OnProgress};
@@ -80,6 +80,8 @@ pub struct NodeOptions {
     pub role: NodeRole,
     /// Whether others compute prompts for this node.
     pub disagg: Disagg,
+    /// By what this node chooses who answers a request.
+    pub policy: Policy,
     /// Time that running answers get at shutdown. Too small: answers are cut. Too large: the node
     /// hangs on in rollouts.
     pub drain_limit: Duration,
@@ -100,6 +102,7 @@ impl NodeOptions {
             http: HttpLimits::default(),
             role: NodeRole::default(),
             disagg: Disagg::default(),
+            policy: Policy::default(),
             drain_limit: Duration::from_secs(30),
             on_progress: None,
         }

@@ -2,7 +2,7 @@
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use protocol::node_record::NodeRole;
-use scheduler::router::Disagg;
+use scheduler::router::{Disagg, Policy};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -112,6 +112,9 @@ pub struct UpArgs {
     /// streams, `always` wherever one can, `never`. Default: auto.
     #[arg(long, value_name = "WHEN", help_heading = "Mesh")]
     pub disagg: Option<DisaggName>,
+    /// By what this node chooses who answers, to compare: nothing but `cost` is meant for use.
+    #[arg(long, value_name = "POLICY", help_heading = "Mesh", hide = true)]
+    pub route_by: Option<PolicyName>,
     /// Memory for KV blocks that have fallen out of the KV cache, for each model; default: none, because
     /// on a CPU --kv-memory is the better place for it.
     #[arg(long, value_name = "SIZE", help_heading = "Engine")]
@@ -210,6 +213,25 @@ impl From<DisaggName> for Disagg {
             DisaggName::Auto => Disagg::Auto,
             DisaggName::Always => Disagg::Always,
             DisaggName::Never => Disagg::Never,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PolicyName {
+    Cost,
+    LeastLoaded,
+    RoundRobin,
+    PrefixOnly,
+}
+
+impl From<PolicyName> for Policy {
+    fn from(name: PolicyName) -> Policy {
+        match name {
+            PolicyName::Cost => Policy::Cost,
+            PolicyName::LeastLoaded => Policy::LeastLoaded,
+            PolicyName::RoundRobin => Policy::RoundRobin,
+            PolicyName::PrefixOnly => Policy::PrefixOnly,
         }
     }
 }

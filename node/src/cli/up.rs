@@ -11,7 +11,7 @@ use node::measured::Host;
 use node::mesh::{ControlRoutes, Mesh, Roster, kv_secret};
 use node::{ADMIN_KEY_VARIABLE, ApiKeys, HttpLimits, Loaded, ModelOptions, Node, NodeOptions};
 use protocol::node_record::NodeRole;
-use scheduler::router::Disagg;
+use scheduler::router::{Disagg, Policy};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
@@ -62,6 +62,8 @@ pub struct Served {
     pub role: NodeRole,
     /// Whether others compute prompts for it.
     pub disagg: Disagg,
+    /// By what it chooses who answers.
+    pub policy: Policy,
     /// Where the node keeps its secret; without one it lives in memory.
     pub data: Option<PathBuf>,
     /// Room for KV blocks below each model's KV cache, in bytes: in host memory, and on disk below `data`.
@@ -84,6 +86,7 @@ impl Served {
             http: HttpLimits::default(),
             role: NodeRole::default(),
             disagg: Disagg::default(),
+            policy: Policy::default(),
             data: None,
             kv_host_bytes: 0,
             kv_disk_bytes: 0,
@@ -152,7 +155,7 @@ pub async fn serve(served: Served, engine: &EngineArgs) -> anyhow::Result<Node> 
     options.insecure = served.insecure;
     options.http = served.http;
     options.role = served.role;
-    options.disagg = served.disagg;
+    (options.disagg, options.policy) = (served.disagg, served.policy);
     options.without_models = served.mesh.is_some();
     options.admin = served.mesh.as_ref().map(|(_, _, routes)| (routes.clone(), served.admin_keys));
     let bars = Bars::new(served.bar && std::io::stderr().is_terminal());
@@ -256,6 +259,7 @@ fn settings(args: UpArgs) -> anyhow::Result<(Served, MeshArgs, EngineArgs)> {
     let role = args.role.or(value_of::<RoleName>("role", config.role)?);
     let served = Served {
         disagg: disagg.map_or_else(Disagg::default, Disagg::from),
+        policy: args.route_by.map_or_else(Policy::default, Policy::from),
         role: role.map_or_else(NodeRole::default, NodeRole::from),
         keys,
         admin_keys,

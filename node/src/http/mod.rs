@@ -37,7 +37,7 @@ use bytes::Bytes;
 use protocol::api::{ApiError, ErrorCode};
 use protocol::forward::Endpoint;
 use protocol::node_record::NodeRole;
-use scheduler::router::Disagg;
+use scheduler::router::{Disagg, Policy};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt;
@@ -78,6 +78,8 @@ pub(crate) struct App {
     pub role: NodeRole,
     /// Whether others compute prompts for this node.
     pub disagg: Disagg,
+    /// By what this node chooses who answers a request.
+    pub policy: Policy,
     pub ids: RequestIds,
     /// The other nodes, once this one is in a mesh.
     pub roster: OnceLock<Arc<Roster>>,

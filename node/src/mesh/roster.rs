@@ -44,6 +44,9 @@ pub struct Roster {
     origin: std::time::Instant,
     started: OnceLock<Started>,
     state: OnceLock<Mutex<State>>,
+    /// Apart from the rest: who chooses a replica waits for nobody who looks at members. Where both are
+    /// held, `state` is locked first.
+    router: OnceLock<Mutex<Router>>,
     /// Copies of other nodes' streams.
     journals: Mutex<Journals>,
     kv_secret: kv_secret::Kept,
@@ -63,7 +66,6 @@ struct Started {
 
 struct State {
     records: Records,
-    router: Router,
     nodes: BTreeMap<NodeId, Known>,
     present: BTreeSet<NodeId>,
     addresses: BTreeMap<NodeId, Vec<SocketAddr>>,
@@ -74,22 +76,18 @@ struct State {
 }
 
 impl State {
-    /// Warns once when there are different weights under one name.
-    fn warn_of_other_weights(&mut self, record: &NodeRecord) {
-        for ReplicaRecord { model, .. } in &record.replicas {
-            match self.router.weights(model) {
-                Some((_, true)) => {
-                    if self.ambiguous.insert(model.clone()) {
-                        tracing::warn!(
-                            model,
-                            "nodes serve different weights under this name: requests go to this node's, \
-                             or to those that most nodes have; give one of them another name"
-                        );
-                    }
-                }
-                _ => {
-                    self.ambiguous.remove(model);
-                }
+    /// Warns once when there are different weights under one name; `several` says of which of the
+    /// record's replicas that is so.
+    fn warn_of_other_weights(&mut self, record: &NodeRecord, several: Vec<bool>) {
+        for (ReplicaRecord { model, .. }, several) in record.replicas.iter().zip(several) {
+            if !several {
+                self.ambiguous.remove(model);
+            } else if self.ambiguous.insert(model.clone()) {
+                tracing::warn!(
+                    model,
+                    "nodes serve different weights under this name: requests go to this node's, \
+                     or to those that most nodes have; give one of them another name"
+                );
             }
         }
     }
@@ -130,6 +128,7 @@ impl Roster {
             origin: std::time::Instant::now(),
             started: OnceLock::new(),
             state: OnceLock::new(),
+            router: OnceLock::new(),
             journals: Mutex::new(Journals::new(JournalsConfig::default())),
             kv_secret: kv_secret::Kept::new(),
             wake: Notify::new(),
@@ -154,10 +153,6 @@ impl Roster {
         let members = Members::start(mesh.clone(), data, seeds, u64::from_le_bytes(random()))?;
         let state = State {
             records: Records::new(own, RecordsConfig::default()),
-            router: Router::new(
-                own,
-                RouterConfig { disagg: app.disagg, ..RouterConfig::default() },
-            ),
             nodes: BTreeMap::new(),
             present: BTreeSet::new(),
             addresses: BTreeMap::new(),
@@ -165,6 +160,9 @@ impl Roster {
             ambiguous: BTreeSet::new(),
             exchanges: Exchanges::default(),
         };
+        let (policy, disagg) = (app.policy, app.disagg);
+        let config = RouterConfig { policy, disagg, ..RouterConfig::default() };
+        let _ = self.router.set(Mutex::new(Router::new(own, config)));
         let _ = self.state.set(Mutex::new(state));
         let reach = match Reach::start(&mesh, app.metrics.overlay()) {
             Ok(reach) => Some(reach),
@@ -280,13 +278,13 @@ impl Roster {
         let own = loads(&self.own_record(started));
         let now = self.now();
         let suspected = started.members.suspected();
-        let mut state = self.lock();
-        state.router.report(now, started.mesh.node(), own);
-        state.router.choose(now, &Ask { suspected: &suspected, ..*ask })
+        let mut router = self.router();
+        router.report(now, started.mesh.node(), own);
+        router.choose(now, &Ask { suspected: &suspected, ..*ask })
     }
 
     pub(crate) fn settle(&self, node: NodeId, request: RequestId, outcome: Outcome) {
-        self.lock().router.settle(self.now(), node, request, outcome);
+        self.router().settle(self.now(), node, request, outcome);
     }
 
     /// This node's own answer to a request is made, if it made one.
@@ -298,7 +296,7 @@ impl Roster {
 
     /// The first token of an answer leaves for its client.
     pub(crate) fn first_token(&self, request: RequestId) {
-        self.lock().router.decisions_mut().first_token(self.now(), request);
+        self.router().decisions_mut().first_token(self.now(), request);
     }
 
     /// Where the keys and values of a prompt come from that is about to run on this node's replica, and
@@ -309,31 +307,31 @@ impl Roster {
         let own = loads(&self.own_record(started));
         let now = self.now();
         let suspected = started.members.suspected();
-        let mut state = self.lock();
-        state.router.report(now, started.mesh.node(), own);
-        state.router.plan_prefill(now, &PrefillAsk { suspected: &suspected, ..*ask })
+        let mut router = self.router();
+        router.report(now, started.mesh.node(), own);
+        router.plan_prefill(now, &PrefillAsk { suspected: &suspected, ..*ask })
     }
 
     /// The keys and values of a planned prompt are there, `Failed` if this node had to compute what
     /// others were to bring.
     pub fn prefill_ended(&self, request: RequestId, end: End) {
         if self.state.get().is_some() {
-            self.lock().router.decisions_mut().prefill_ended(self.now(), request, end);
+            self.router().decisions_mut().prefill_ended(self.now(), request, end);
         }
     }
 
     /// So many bytes of blocks came from a node within `took`, in which nothing but the path was waited
-    /// for; see [`Links::carried`](scheduler::router::Links::carried).
+    /// for; see [`LinkFigures::carried`](scheduler::router::LinkFigures::carried).
     pub fn carried(&self, node: NodeId, bytes: u64, took: Duration) {
         if self.state.get().is_some() {
-            self.lock().router.links_mut().carried(node, bytes, took);
+            self.router().carried(node, bytes, took);
         }
     }
 
     /// The router, to be looked at; `None` before the start.
     pub(super) fn with_router<T>(&self, look: impl FnOnce(Instant, &Router) -> T) -> Option<T> {
         self.state.get()?;
-        Some(look(self.now(), &self.lock().router))
+        Some(look(self.now(), &self.router()))
     }
 
     pub(crate) fn is_own(&self, node: NodeId) -> bool {
@@ -415,10 +413,12 @@ impl Roster {
         let now = self.now();
         let state = self.lock();
         let mut samples = super::samples::of_membership(&state.membership);
-        samples.extend(super::samples::of_router(&state.router, now));
-        samples.extend(super::samples::of_decisions(state.router.decisions()));
         samples.extend(super::samples::of_records(&state.exchanges, state.nodes.len()));
         drop(state);
+        let router = self.router();
+        samples.extend(super::samples::of_router(&router, now));
+        samples.extend(super::samples::of_decisions(router.decisions()));
+        drop(router);
         samples.extend(super::copies::samples(&self.journals));
         samples.extend(started.mesh.counters().samples());
         samples
@@ -511,7 +511,7 @@ impl Roster {
         for &node in before.difference(&present) {
             state.records.handle(now, RecordsInput::Gone { node }, out);
             state.nodes.remove(&node);
-            state.router.forget(node);
+            self.router().forget(node);
         }
         for &node in present.difference(&before) {
             state.records.handle(now, RecordsInput::Present { node }, out);
@@ -519,7 +519,7 @@ impl Roster {
         for member in here {
             let link = self.mesh().and_then(|mesh| mesh.link(member.node));
             if let Some(rtt) = link.map(|link| link.rtt()).or(member.rtt) {
-                state.router.links_mut().rtt(member.node, rtt);
+                self.router().rtt(member.node, rtt);
             }
         }
     }
@@ -611,9 +611,13 @@ impl Roster {
         if !state.present.contains(&node) {
             return;
         }
-        state.router.report(now, node, loads(&record));
-        state.router.path(node, true);
-        state.warn_of_other_weights(&record);
+        let mut router = self.router();
+        router.report(now, node, loads(&record));
+        router.path(node, true);
+        let several = |r: &ReplicaRecord| router.weights(&r.model).is_some_and(|(_, many)| many);
+        let several = record.replicas.iter().map(several).collect();
+        drop(router);
+        state.warn_of_other_weights(&record, several);
         let input = RecordsInput::Heard { node, record: bytes.to_vec() };
         state.records.handle(now, input, &mut Vec::new());
         state.nodes.insert(node, Known { record, heard: now });
@@ -642,6 +646,11 @@ impl Roster {
         let state = self.state.get().expect("set before anything that locks is reached");
         state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn router(&self) -> MutexGuard<'_, Router> {
+        let router = self.router.get().expect("set before anything that locks is reached");
+        router.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Service for Roster {
@@ -654,9 +663,9 @@ impl Service for Roster {
     fn event(&self, event: PeerEvent) {
         let Some(started) = self.started.get() else { return };
         match event {
-            PeerEvent::Connected { node, .. } => self.lock().router.path(node, true),
+            PeerEvent::Connected { node, .. } => self.router().path(node, true),
             PeerEvent::Disconnected { node } => {
-                self.lock().router.path(node, false);
+                self.router().path(node, false);
                 started.members.check(node);
             }
         }

@@ -27,12 +27,14 @@ impl Breaker {
         }
     }
 
-    /// Time until the node may be asked, or `None` if it may be now.
-    pub fn open_for(&self, now: Instant) -> Option<Duration> {
-        let until = self.open_until?;
-        let until = self.trial.map_or(until, |began| until.max(began + self.open_min));
-        let left = until.saturating_since(now);
-        (!left.is_zero()).then_some(left)
+    /// The node may be asked from then on.
+    pub fn asked_from(&self) -> Instant {
+        let Some(until) = self.open_until else { return Instant::ORIGIN };
+        self.trial.map_or(until, |began| until.max(began + self.open_min))
+    }
+
+    pub fn is_open(&self, now: Instant) -> bool {
+        self.asked_from() > now
     }
 
     /// A request was sent to the node.
@@ -61,7 +63,7 @@ impl Breaker {
         if !on_trial && self.failures < config.failures_to_open {
             return;
         }
-        if !on_trial && self.open_for(now).is_some() {
+        if !on_trial && self.is_open(now) {
             return;
         }
         // Up to a quarter more.

@@ -4,9 +4,39 @@ use protocol::Duration;
 
 use super::Disagg;
 
+/// By what a replica is chosen of those that nothing speaks against. All but the first are there to be
+/// compared with it, in the simulator and by `tests/cluster/trace.py`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Policy {
+    /// What it costs, with all that is known.
+    #[default]
+    Cost,
+    /// Fewest sequences, those sent since the last report included.
+    LeastLoaded,
+    /// One after the other.
+    RoundRobin,
+    /// Most of the prompt in its cache, whatever it has to do.
+    PrefixOnly,
+}
+
+impl Policy {
+    pub const ALL: [Policy; 4] =
+        [Policy::RoundRobin, Policy::LeastLoaded, Policy::PrefixOnly, Policy::Cost];
+
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Policy::Cost => "cost",
+            Policy::LeastLoaded => "least-loaded",
+            Policy::RoundRobin => "round-robin",
+            Policy::PrefixOnly => "prefix-only",
+        }
+    }
+}
+
 /// What an operator may set, and what a wrong value does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RouterConfig {
+    pub policy: Policy,
     /// Unit: time that a report is older than its arrival. What was sent within it before the arrival
     /// counts beside the report. Formula: `gossip delay + replica's own delay`. Too small: requests
     /// are forgotten before they are reported, and others follow them. Too large: they count twice for
@@ -60,6 +90,7 @@ pub struct RouterConfig {
 impl Default for RouterConfig {
     fn default() -> Self {
         RouterConfig {
+            policy: Policy::Cost,
             report_lag: Duration::from_millis(500),
             decode_weight_percent: 10,
             step_guess: Duration::from_millis(20),

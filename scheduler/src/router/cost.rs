@@ -10,8 +10,8 @@
 
 use protocol::{Duration, NodeId};
 
-use super::RouterConfig;
 use super::links::LinkFigures;
+use super::{ReplicaLoad, RouterConfig};
 
 /// Where the keys and values of a prompt come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,13 +80,13 @@ impl CostParts {
 /// Time to compute prompt tokens at so many a second; 0 is a rate that nobody has measured.
 pub(super) fn compute_us(tokens: u64, prefill_rate: u32) -> u64 {
     let rate = if prefill_rate == 0 { PREFILL_RATE_GUESS } else { prefill_rate };
-    tokens.saturating_mul(1_000_000) / u64::from(rate)
+    quotient(tokens.saturating_mul(1_000_000), u64::from(rate))
 }
 
 /// Time for so many tokens' keys and values on a path.
 pub(super) fn transfer_us(tokens: u64, bytes_per_token: u32, link: LinkFigures) -> u64 {
     let bytes = tokens.saturating_mul(u64::from(bytes_per_token));
-    bytes.saturating_mul(1_000_000) / link.bytes_per_s_or_guess()
+    quotient(bytes.saturating_mul(1_000_000), link.bytes_per_s_or_guess())
 }
 
 /// The tail of a hand-off that no computing hides: what is left of the transfer, its last chunk at
@@ -109,17 +109,16 @@ pub(super) fn is_gain(here_us: u64, other_us: u64, config: &RouterConfig) -> boo
     other_us.saturating_add(least) < here_us
 }
 
-/// What the gaps of the answer cost, and those that it adds to each of its neighbours.
-pub(super) fn decode_us(
-    step_us: u32,
-    streams: u64,
-    output_tokens: u64,
-    config: &RouterConfig,
-) -> u64 {
+/// The gaps of each token of an answer, its own and those that it adds to its neighbours'.
+pub(super) fn gap_us(step_us: u32, streams: u64, config: &RouterConfig) -> u64 {
     let step = if step_us == 0 { micros(config.step_guess) } else { u64::from(step_us) };
     let added = step.saturating_mul(u64::from(config.stream_share_percent)) / 100;
-    let gaps = step.saturating_add(added.saturating_mul(streams.saturating_add(1)));
-    weighed(gaps.saturating_mul(output_tokens), config)
+    step.saturating_add(added.saturating_mul(streams.saturating_add(1)))
+}
+
+/// What the gaps of the answer cost.
+pub(super) fn decode_us(gap_us: u64, output_tokens: u64, config: &RouterConfig) -> u64 {
+    weighed(gap_us.saturating_mul(output_tokens), config)
 }
 
 /// What a prefill of so long costs those that decode beside it: each gets its next tokens that much
@@ -130,6 +129,21 @@ pub(super) fn harm_us(prefill_us: u64, streams: u64, config: &RouterConfig) -> u
 
 fn weighed(us: u64, config: &RouterConfig) -> u64 {
     us.saturating_mul(u64::from(config.decode_weight_percent)) / 100
+}
+
+/// Those that decode, and those that will.
+pub(super) fn streams(load: &ReplicaLoad) -> u64 {
+    u64::from(load.running) + u64::from(load.waiting)
+}
+
+/// `n / d`, `d` not 0. Several of them are made for every candidate of a decision, and floats divide in a
+/// fraction of the time. They are exact where `n` is: the nearest float to a quotient below a whole number
+/// `k` is `k` only if they lie closer than `k / 2^53`, and the next quotient below it is `1 / d` away.
+fn quotient(n: u64, d: u64) -> u64 {
+    match n < 1 << f64::MANTISSA_DIGITS {
+        true => (n.cast_signed() as f64 / d as f64) as u64,
+        false => n / d,
+    }
 }
 
 pub(super) fn micros(duration: Duration) -> u64 {
@@ -143,3 +157,29 @@ pub const PREFILL_RATE_GUESS: u32 = 200;
 const COMMIT_US: u64 = 2_000;
 /// Tokens that a prefill computes before their keys and values leave: a step's.
 const CHUNK_TOKENS: u64 = 512;
+
+#[cfg(test)]
+mod tests {
+    use protocol::random::mix;
+
+    use super::*;
+
+    #[test]
+    fn floats_divide_as_integers_do() {
+        let check = |n: u64, d: u64| assert_eq!(quotient(n, d), n / d, "{n} / {d}");
+        for k in 0..200_000 {
+            let (a, b) = (mix(2 * k + 1), mix(2 * k + 2));
+            let (n, d) = (a >> (b % 64), (b >> (a % 64)).max(1));
+            check(n, d);
+            // Where rounding would show: next to a multiple.
+            for near in [n / d * d, (n / d * d).saturating_sub(1), (n / d * d).saturating_add(1)] {
+                check(near, d);
+            }
+        }
+        for n in [0, 1, (1 << 53) - 1, 1 << 53, (1 << 53) + 1, u64::MAX] {
+            for d in [1, 2, 3, (1 << 53) - 1, 1 << 53, (1 << 53) + 1, u64::MAX] {
+                check(n, d);
+            }
+        }
+    }
+}

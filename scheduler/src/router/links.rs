@@ -1,8 +1,6 @@
 //! What the paths from this node to others can carry, as measured.
 
-use std::collections::BTreeMap;
-
-use protocol::{Duration, NodeId};
+use protocol::Duration;
 
 /// One path. What was not measured is `None`, and a stated guess stands in for it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -23,6 +21,21 @@ impl LinkFigures {
         self.bytes_per_s.unwrap_or(BYTES_PER_S_GUESS).max(1)
     }
 
+    /// So many bytes came over it within `took`, in which nothing but the path was waited for: a sender
+    /// that still computes is no slow path. Less than [`SAMPLE_BYTES_MIN`] tells nothing.
+    pub fn carried(&mut self, bytes: u64, took: Duration) {
+        if bytes < SAMPLE_BYTES_MIN {
+            return;
+        }
+        let flowing = took.saturating_sub(self.rtt.unwrap_or_default());
+        let micros = flowing.max(took / 4).as_micros().max(1);
+        let now = u64::try_from(u128::from(bytes) * 1_000_000 / micros).unwrap_or(u64::MAX);
+        self.bytes_per_s = Some(match self.bytes_per_s {
+            Some(before) => before - before / 4 + now / 4,
+            None => now,
+        });
+    }
+
     /// Between two others, seen from here: neither is farther from the other than the slower path says,
     /// and no faster. Wrong where the two sit side by side and this node is far off; who decodes knows
     /// better, and decides with its own figures.
@@ -34,54 +47,6 @@ impl LinkFigures {
     }
 }
 
-/// The paths to all nodes that anything is known of.
-#[derive(Debug, Default)]
-pub struct Links {
-    nodes: BTreeMap<NodeId, LinkFigures>,
-}
-
-impl Links {
-    pub fn figures(&self, node: NodeId) -> LinkFigures {
-        self.nodes.get(&node).copied().unwrap_or_default()
-    }
-
-    /// The transport's smoothed round trip.
-    pub fn rtt(&mut self, node: NodeId, rtt: Duration) {
-        if let Some(link) = self.link(node) {
-            link.rtt = Some(rtt);
-        }
-    }
-
-    /// So many bytes came from the node within `took`, in which nothing but the path was waited for: a
-    /// sender that still computes is no slow path. Less than [`SAMPLE_BYTES_MIN`] tells nothing.
-    pub fn carried(&mut self, node: NodeId, bytes: u64, took: Duration) {
-        let Some(link) = self.link(node).filter(|_| bytes >= SAMPLE_BYTES_MIN) else { return };
-        let flowing = took.saturating_sub(link.rtt.unwrap_or_default());
-        let micros = flowing.max(took / 4).as_micros().max(1);
-        let now = u64::try_from(u128::from(bytes) * 1_000_000 / micros).unwrap_or(u64::MAX);
-        link.bytes_per_s = Some(match link.bytes_per_s {
-            Some(before) => before - before / 4 + now / 4,
-            None => now,
-        });
-    }
-
-    pub fn forget(&mut self, node: NodeId) {
-        self.nodes.remove(&node);
-    }
-
-    /// All of them, in the order of their ids.
-    pub(super) fn all(&self) -> &BTreeMap<NodeId, LinkFigures> {
-        &self.nodes
-    }
-
-    fn link(&mut self, node: NodeId) -> Option<&mut LinkFigures> {
-        if self.nodes.len() >= LINKS_MAX && !self.nodes.contains_key(&node) {
-            return None;
-        }
-        Some(self.nodes.entry(node).or_default())
-    }
-}
-
 /// Of a path that nothing came over yet: a gigabit a second less what protocols take. Too high, and the
 /// first transfer is slower than computing; too low, and there never is a first one.
 pub const BYTES_PER_S_GUESS: u64 = 100_000_000;
@@ -89,33 +54,27 @@ pub const BYTES_PER_S_GUESS: u64 = 100_000_000;
 pub const RTT_GUESS: Duration = Duration::from_millis(10);
 /// Less than this is about the round trip, not the goodput.
 pub const SAMPLE_BYTES_MIN: u64 = 256 * 1024;
-/// Paths remembered; of more only the guesses are known.
-pub const LINKS_MAX: usize = 16_384;
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const A: NodeId = NodeId([1; 32]);
-
     #[test]
     fn measured_over_guessed() {
-        let mut links = Links::default();
-        assert_eq!(links.figures(A).rtt_or_guess(), RTT_GUESS);
-        assert_eq!(links.figures(A).bytes_per_s_or_guess(), BYTES_PER_S_GUESS);
-        links.rtt(A, Duration::from_millis(20));
-        links.carried(A, SAMPLE_BYTES_MIN - 1, Duration::from_millis(1));
-        assert_eq!(links.figures(A).bytes_per_s, None, "too little to tell");
+        let mut link = LinkFigures::default();
+        assert_eq!(link.rtt_or_guess(), RTT_GUESS);
+        assert_eq!(link.bytes_per_s_or_guess(), BYTES_PER_S_GUESS);
+        link.rtt = Some(Duration::from_millis(20));
+        link.carried(SAMPLE_BYTES_MIN - 1, Duration::from_millis(1));
+        assert_eq!(link.bytes_per_s, None, "too little to tell");
         // 1 MB in 120 ms of which 20 are the way.
-        links.carried(A, 1_000_000, Duration::from_millis(120));
-        assert_eq!(links.figures(A).bytes_per_s, Some(10_000_000));
+        link.carried(1_000_000, Duration::from_millis(120));
+        assert_eq!(link.bytes_per_s, Some(10_000_000));
         for _ in 0..30 {
-            links.carried(A, 1_000_000, Duration::from_millis(70));
+            link.carried(1_000_000, Duration::from_millis(70));
         }
-        let later = links.figures(A).bytes_per_s.unwrap();
+        let later = link.bytes_per_s.unwrap();
         assert!((19_900_000..=20_000_000).contains(&later), "{later}");
-        links.forget(A);
-        assert_eq!(links.figures(A), LinkFigures::default());
     }
 
     #[test]

@@ -13,27 +13,29 @@ mod breaker;
 mod config;
 mod cost;
 mod decisions;
+mod least;
 mod links;
+mod nodes;
 mod prefill;
 mod survey;
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use protocol::node_record::NodeRole;
 use protocol::{Duration, Instant, NodeId, RequestId};
 
-use breaker::Breaker;
-use cost::micros;
-use survey::Survey;
+use nodes::{Nodes, Sent};
+use survey::{Scene, Survey, Taken, tie};
 
-pub use config::RouterConfig;
+pub use config::{Policy, RouterConfig};
 pub use cost::{CostParts, KvPath, PREFILL_RATE_GUESS};
 pub use decisions::{
     Candidate, DECISION_BYTES_MAX, DECISIONS_MAX, Decided, Decision, DecisionStats, Decisions, End,
     OTHERS_KEPT_MAX, Outcomes, Rank, ReplicaDecision, Why,
 };
-pub use links::{BYTES_PER_S_GUESS, LINKS_MAX, LinkFigures, Links, RTT_GUESS, SAMPLE_BYTES_MIN};
+pub use links::{BYTES_PER_S_GUESS, LinkFigures, RTT_GUESS, SAMPLE_BYTES_MIN};
+pub use nodes::SENT_PER_NODE_MAX;
 pub use prefill::{
     Disagg, OPTIONS_KEPT_MAX, PEERS_MAX, PlannedSource, PrefillAsk, PrefillInputs, PrefillKind,
     PrefillLoad, PrefillOption, PrefillPeer, PrefillPlan, SOURCES_MAX, plan_prefill,
@@ -160,37 +162,13 @@ pub struct Router {
     config: RouterConfig,
     /// This node: no hop, and its path is never down.
     own: NodeId,
-    nodes: BTreeMap<NodeId, Node>,
-    links: Links,
+    nodes: Nodes,
     decisions: Decisions,
     stats: RouterStats,
+    /// Decisions made.
+    turn: u64,
     /// Kept between decisions for its memory.
     survey: Survey,
-}
-
-#[derive(Debug)]
-struct Node {
-    path_up: bool,
-    breaker: Breaker,
-    busy_until: Instant,
-    reported_at: Instant,
-    replicas: BTreeMap<String, ReplicaLoad>,
-    /// Attempts under way.
-    sent: BTreeSet<RequestId>,
-    /// Those of them that no report can know of yet.
-    unreported: Vec<Sent>,
-}
-
-/// An attempt under way.
-#[derive(Clone, Debug)]
-struct Sent {
-    request: RequestId,
-    at: Instant,
-    model: String,
-    /// To be computed there.
-    prompt_tokens: u64,
-    /// Who computes the rest of the prompt, as far as this router thinks.
-    prefilled_by: Option<NodeId>,
 }
 
 impl Router {
@@ -198,10 +176,11 @@ impl Router {
         Router {
             config,
             own,
-            nodes: BTreeMap::new(),
-            links: Links::default(),
+            nodes: Nodes::new(own),
             decisions: Decisions::default(),
             stats: RouterStats::default(),
+            // Routers that start together do not take the same turns.
+            turn: u64::from(own.0[0]),
             survey: Survey::default(),
         }
     }
@@ -210,14 +189,19 @@ impl Router {
         &self.config
     }
 
-    /// What the paths to others carry.
-    pub fn links(&self) -> &Links {
-        &self.links
+    /// What the path to a node carries, as measured.
+    pub fn link(&self, node: NodeId) -> LinkFigures {
+        self.nodes.link_to(node)
     }
 
-    /// For what the shell measures of them.
-    pub fn links_mut(&mut self) -> &mut Links {
-        &mut self.links
+    /// The transport's smoothed round trip to a node. Of one that has not reported nothing is kept.
+    pub fn rtt(&mut self, node: NodeId, rtt: Duration) {
+        self.nodes.change_link(&self.config, node, |link| link.rtt = Some(rtt));
+    }
+
+    /// So many bytes came from a node; see [`LinkFigures::carried`].
+    pub fn carried(&mut self, node: NodeId, bytes: u64, took: Duration) {
+        self.nodes.change_link(&self.config, node, |link| link.carried(bytes, took));
     }
 
     /// The last decisions, with what came of them.
@@ -237,194 +221,138 @@ impl Router {
         node: NodeId,
         replicas: impl IntoIterator<Item = (String, ReplicaLoad)>,
     ) {
-        let config = &self.config;
-        let node = self.nodes.entry(node).or_insert_with(|| Node::new(config));
-        node.reported_at = now;
-        node.replicas = replicas.into_iter().take(REPLICAS_PER_NODE_MAX).collect();
-        let known_before = node.known_before(config);
-        node.unreported.retain(|sent| sent.at >= known_before);
+        let replicas = replicas.into_iter().take(REPLICAS_PER_NODE_MAX).collect();
+        self.nodes.report(&self.config, now, node, replicas);
     }
 
     /// A node has left or died: nothing is remembered of it.
     pub fn forget(&mut self, node: NodeId) {
-        self.nodes.remove(&node);
-        self.links.forget(node);
+        self.nodes.forget(node);
     }
 
     /// The path to a node broke, or works again. At once, whatever membership thinks.
     pub fn path(&mut self, node: NodeId, up: bool) {
-        if let Some(node) = self.nodes.get_mut(&node) {
-            node.path_up = up;
-        }
+        self.nodes.change(node, |node| node.path_up = up);
     }
 
     /// Models that any known node has, in the order of their names, with the number of ready replicas.
     pub fn models(&self) -> BTreeMap<&str, usize> {
-        let mut models = BTreeMap::new();
-        for node in self.nodes.values() {
-            for (model, load) in &node.replicas {
-                *models.entry(model.as_str()).or_default() += usize::from(load.ready);
-            }
-        }
-        models
+        self.nodes.models().map(|(name, model)| (name, model.ready.values().sum())).collect()
     }
 
     /// The weights that a model's name stands for, and whether ready replicas have others under the
     /// same name: those of this node, or of most ready replicas (the lowest value of several).
     pub fn weights(&self, model: &str) -> Option<(u64, bool)> {
-        let ready =
-            |node: &Node| Some(node.replicas.get(model)?).filter(|l| l.ready).map(|l| l.weights);
-        let mut counts: BTreeMap<u64, usize> = BTreeMap::new();
-        for weights in self.nodes.values().filter_map(ready) {
-            *counts.entry(weights).or_default() += 1;
-        }
-        let own = self.nodes.get(&self.own).and_then(ready);
-        let most = || counts.iter().max_by_key(|&(&weights, &n)| (n, Reverse(weights)));
+        let model = self.nodes.model(model)?;
+        let own = model.place(self.own).ok().map(|place| model.seats[place].load);
+        let own = own.filter(|load| load.ready).map(|load| load.weights);
+        let most = || model.ready.iter().max_by_key(|&(&weights, &n)| (n, Reverse(weights)));
         let weights = own.or_else(|| most().map(|(&weights, _)| weights))?;
-        Some((weights, counts.len() > 1))
+        Some((weights, model.ready.len() > 1))
     }
 
     /// The replica to ask, which from now on counts the request: the cheapest of those that nothing
     /// speaks against ([`Rank`]), else the cheapest of the next rank. Ties are broken by the request's
     /// id, so that routers which know the same do not all choose the same.
     pub fn choose(&mut self, now: Instant, ask: &Ask<'_>) -> Result<Choice, NoReplica> {
-        let weights = ask.weights.or_else(|| self.stands_for(ask.model));
+        let weights = || self.weights(ask.model).map(|(weights, _)| weights);
+        let weights = ask.weights.or_else(weights);
+        if self.nodes.model(ask.model).is_none() {
+            return Err(NoReplica::UnknownModel);
+        }
         let mut survey = std::mem::take(&mut self.survey);
-        survey.take(self, now, ask, weights);
-        let result = match self.pick(ask, &survey.candidates) {
-            Some((place, why)) => {
-                survey.candidates.swap(0, place);
-                let choice = self.give_out(now, ask, &survey.candidates, why);
-                self.remember(now, ask, &mut survey, why);
-                Ok(choice)
-            }
-            None if survey.unavailable.is_empty() => Err(NoReplica::UnknownModel),
+        let model = self.nodes.model(ask.model).expect("it was there");
+        let scene = Scene {
+            config: &self.config,
+            own: self.own,
+            nodes: &self.nodes,
+            model,
+            now,
+            ask,
+            weights,
+            turn: self.turn,
+        };
+        let taken = survey.take(&scene);
+        self.turn += 1;
+        let result = match &taken {
+            Some(taken) => Ok(self.give_out(now, ask, taken)),
             None => {
                 self.stats.unavailable += 1;
-                self.remember(now, ask, &mut survey, Why::Nobody);
                 Err(NoReplica::Unavailable(survey.unavailable.clone()))
             }
         };
+        self.remember(now, ask, taken, &survey.unavailable);
         self.survey = survey;
         result
     }
 
-    /// The place of the one to take, and why that one.
-    fn pick(&self, ask: &Ask<'_>, candidates: &[Candidate]) -> Option<(usize, Why)> {
-        let key = |c: &Candidate| (c.rank, c.parts.score_us());
-        let before = |a: &Candidate, b: &Candidate| {
-            let tied = || (tie(ask.request, a.node), a.node) < (tie(ask.request, b.node), b.node);
-            key(a) < key(b) || (key(a) == key(b) && tied())
-        };
-        let best =
-            candidates.iter().enumerate().reduce(|best, other| match before(other.1, best.1) {
-                true => other,
-                false => best,
-            });
-        let (place, best) = best?;
-        let why = match (best.rank.is_first(), candidates.len()) {
-            (false, _) => Why::LastResort,
-            (true, 1) => Why::Only,
-            (true, _) => Why::Cheapest,
-        };
-        let learnt = (why == Why::Cheapest).then(|| self.explore(ask, candidates, place)).flatten();
-        Some(learnt.map_or((place, why), |other| (other, Why::Explored)))
-    }
-
-    /// Another one in place of the best, now and then: any of those that cost little more.
-    fn explore(&self, ask: &Ask<'_>, candidates: &[Candidate], best: usize) -> Option<usize> {
-        let drawn = tie(ask.request, EXPLORATION);
-        let first_time = ask.excluded.is_empty() && ask.weights.is_none();
-        if !first_time || drawn % 1000 >= u64::from(self.config.explore_permille) {
-            return None;
-        }
-        let extra = micros(self.config.explore_cost_max);
-        let most = candidates[best].parts.score_us().saturating_add(extra);
-        let near = || {
-            let is_near = |c: &Candidate| c.rank.is_first() && c.parts.score_us() <= most;
-            let others = candidates.iter().enumerate().filter(move |(place, _)| *place != best);
-            others.filter(move |(_, c)| is_near(c)).map(|(place, _)| place)
-        };
-        let count = u64::try_from(near().count()).unwrap_or(u64::MAX);
-        let nth = (drawn / 1000).checked_rem(count)?;
-        near().nth(usize::try_from(nth).unwrap_or(0))
-    }
-
-    /// Counts the first of the candidates as asked.
-    fn give_out(
-        &mut self,
-        now: Instant,
-        ask: &Ask<'_>,
-        candidates: &[Candidate],
-        why: Why,
-    ) -> Choice {
-        let Candidate { node: id, load, overlap_tokens, parts, .. } = candidates[0];
+    /// Counts the chosen one as asked.
+    fn give_out(&mut self, now: Instant, ask: &Ask<'_>, taken: &Taken) -> Choice {
+        let Candidate { node: id, load, overlap_tokens, parts, .. } = taken.chosen;
         let chosen = match id == self.own {
             true => &mut self.stats.chosen_own,
             false => &mut self.stats.chosen_peer,
         };
         *chosen += 1;
-        let node = self.nodes.get_mut(&id).expect("chosen among them");
-        node.breaker.tried(now);
-        if node.sent.len() < SENT_PER_NODE_MAX {
+        let mut counted = false;
+        self.nodes.change(id, |node| {
+            node.breaker.tried(now);
+            counted = node.sent.len() < SENT_PER_NODE_MAX;
+            if counted {
+                node.sent.insert(ask.request);
+            }
+        });
+        if counted {
             let overlap = |node| ask.overlap_tokens.get(&node).copied().unwrap_or(0);
-            let (computed, there) = match parts.path {
+            let (prompt_tokens, there) = match parts.path {
                 KvPath::Recompute | KvPath::Local => (ask.prompt_tokens - overlap_tokens, None),
                 KvPath::Fetch { from } => (ask.prompt_tokens.saturating_sub(overlap(from)), None),
                 KvPath::Remote { by } => {
                     (0, Some((by, ask.prompt_tokens.saturating_sub(overlap(by)))))
                 }
             };
-            node.sent.insert(ask.request);
-            let model = ask.model.to_owned();
             let prefilled_by = there.map(|(by, _)| by);
-            let sent = Sent {
-                request: ask.request,
-                at: now,
-                model,
-                prompt_tokens: computed,
-                prefilled_by,
-            };
-            node.unreported.push(sent.clone());
-            if let Some((by, prompt_tokens)) = there
-                && let Some(helper) = self.nodes.get_mut(&by)
-                && helper.unreported.len() < SENT_PER_NODE_MAX
-            {
-                helper.unreported.push(Sent { prompt_tokens, prefilled_by: None, ..sent });
+            let model = ask.model.to_owned();
+            let sent = Sent { request: ask.request, at: now, model, prompt_tokens, prefilled_by };
+            if let Some((by, prompt_tokens)) = there {
+                let there = Sent { prompt_tokens, prefilled_by: None, ..sent.clone() };
+                self.nodes.count_sent(&self.config, by, there);
             }
+            self.nodes.count_sent(&self.config, id, sent);
         }
         Choice {
             node: id,
             weights: load.weights,
             cost: Duration::from_micros(parts.score_us()),
             ttft: Duration::from_micros(parts.ttft_us()),
-            why,
-            candidates: candidates.len(),
+            why: taken.why,
+            candidates: taken.others_total + 1,
         }
     }
 
-    /// Writes the decision down: the first candidate is the chosen one, unless nobody is.
-    fn remember(&mut self, now: Instant, ask: &Ask<'_>, survey: &mut Survey, why: Why) {
-        let (chosen, others) = match survey.candidates.split_first_mut() {
-            Some((chosen, others)) => (Some(*chosen), others),
-            None => (None, &mut [][..]),
+    /// Writes the decision down.
+    fn remember(
+        &mut self,
+        now: Instant,
+        ask: &Ask<'_>,
+        taken: Option<Taken>,
+        unavailable: &[(NodeId, Unavailable)],
+    ) {
+        let (chosen, why, others, others_total) = match taken {
+            Some(Taken { chosen, why, others, others_total }) => {
+                (Some(chosen), why, others, others_total)
+            }
+            None => (None, Why::Nobody, Vec::new(), 0),
         };
-        let others_total = others.len();
-        let key = |c: &Candidate| (c.rank, c.parts.score_us(), c.node);
-        if others_total > OTHERS_KEPT_MAX {
-            others.select_nth_unstable_by_key(OTHERS_KEPT_MAX, key);
-        }
-        let kept = &mut others[..others_total.min(OTHERS_KEPT_MAX)];
-        kept.sort_unstable_by_key(key);
         let decision = ReplicaDecision {
             model: ask.model.to_owned(),
             prompt_tokens: ask.prompt_tokens,
             output_tokens: ask.output_tokens,
             chosen,
             why,
-            others: kept.to_vec(),
+            others,
             others_total,
-            unavailable: survey.unavailable.iter().take(OTHERS_KEPT_MAX).copied().collect(),
+            unavailable: unavailable.iter().take(OTHERS_KEPT_MAX).copied().collect(),
         };
         self.decisions.record(now, ask.request, Decided::Replica(decision));
     }
@@ -439,35 +367,38 @@ impl Router {
             Outcome::Refused { .. } => self.decisions.ended(now, request, node, End::Refused),
             Outcome::Failed => self.decisions.ended(now, request, node, End::Failed),
         }
-        let own = node == self.own;
-        let Some(node) = self.nodes.get_mut(&node) else { return };
+        let (id, own) = (node, node == self.own);
         let mut prefilled_by = None;
         if outcome != Outcome::Began {
-            node.sent.remove(&request);
-            if let Some(place) = node.unreported.iter().position(|sent| sent.request == request) {
-                prefilled_by = node.unreported.swap_remove(place).prefilled_by;
-            }
+            let sent = self.nodes.uncount(&self.config, id, request);
+            prefilled_by = sent.and_then(|sent| sent.prefilled_by);
         }
         // Who computes the prompt for this node has still to say so.
         prefilled_by = prefilled_by.filter(|_| outcome != Outcome::TakenHere);
-        match outcome {
-            Outcome::Began => node.breaker.succeeded(),
-            Outcome::TakenHere | Outcome::Ended => node.breaker.settled(),
-            Outcome::Refused { retry_after } => {
-                self.stats.refused += 1;
-                node.breaker.succeeded();
-                node.busy_until = now + retry_after.min(self.config.open_max);
+        let Router { config, nodes, stats, own: own_id, .. } = self;
+        nodes.change(id, |node| {
+            if outcome != Outcome::Began {
+                node.sent.remove(&request);
             }
-            Outcome::Failed => {
-                self.stats.failed += 1;
-                // What fails here is this request's fault, or seen by the registry.
-                if !own {
-                    node.breaker.failed(now, &self.config, tie(request, self.own));
+            match outcome {
+                Outcome::Began => node.breaker.succeeded(),
+                Outcome::TakenHere | Outcome::Ended => node.breaker.settled(),
+                Outcome::Refused { retry_after } => {
+                    stats.refused += 1;
+                    node.breaker.succeeded();
+                    node.busy_until = now + retry_after.min(config.open_max);
+                }
+                Outcome::Failed => {
+                    stats.failed += 1;
+                    // What fails here is this request's fault, or seen by the registry.
+                    if !own {
+                        node.breaker.failed(now, config, tie(request, *own_id));
+                    }
                 }
             }
-        }
-        if let Some(helper) = prefilled_by.and_then(|by| self.nodes.get_mut(&by)) {
-            helper.unreported.retain(|sent| sent.request != request);
+        });
+        if let Some(helper) = prefilled_by {
+            while nodes.uncount(config, helper, request).is_some() {}
         }
     }
 
@@ -478,106 +409,19 @@ impl Router {
 
     /// Requests under way to other nodes.
     pub fn in_flight_elsewhere(&self) -> usize {
-        self.nodes.iter().filter(|(id, _)| **id != self.own).map(|(_, node)| node.sent.len()).sum()
+        self.nodes.all().filter(|(id, _)| *id != self.own).map(|(_, node)| node.sent.len()).sum()
     }
 
     /// Nodes left alone because they failed too often.
     pub fn breakers_open(&self, now: Instant) -> usize {
-        self.nodes.values().filter(|node| node.breaker.open_for(now).is_some()).count()
+        self.nodes.all().filter(|(_, node)| node.breaker.is_open(now)).count()
     }
 
     /// Requests under way to a node, as this router counts them.
     pub fn in_flight(&self, node: NodeId) -> usize {
-        self.nodes.get(&node).map_or(0, |node| node.sent.len())
+        self.nodes.node(node).map_or(0, |node| node.sent.len())
     }
-
-    /// The weights that a model's name stands for; see [`Router::weights`].
-    fn stands_for(&self, model: &str) -> Option<u64> {
-        let own = self.nodes.get(&self.own).and_then(|node| node.replicas.get(model));
-        match own.filter(|load| load.ready) {
-            Some(own) => Some(own.weights),
-            None => Some(self.weights(model)?.0),
-        }
-    }
-}
-
-impl Node {
-    fn new(config: &RouterConfig) -> Self {
-        Node {
-            path_up: true,
-            breaker: Breaker::new(config),
-            busy_until: Instant::ORIGIN,
-            reported_at: Instant::ORIGIN,
-            replicas: BTreeMap::new(),
-            sent: BTreeSet::new(),
-            unreported: Vec::new(),
-        }
-    }
-
-    /// What was sent before this is in the last report.
-    fn known_before(&self, config: &RouterConfig) -> Instant {
-        let reported = self.reported_at.as_nanos();
-        Instant::from_nanos(reported.saturating_sub(nanos(config.report_lag)))
-    }
-
-    /// Requests for a model that the last report cannot know of, and the prompt tokens to compute for
-    /// them.
-    fn sent_since_report(&self, config: &RouterConfig, model: &str) -> (u32, u64) {
-        let known_before = self.known_before(config);
-        let since = self.unreported.iter();
-        let since = since.filter(|sent| sent.at >= known_before && sent.model == model);
-        since.fold((0, 0), |(sequences, tokens): (u32, u64), sent| {
-            (sequences.saturating_add(1), tokens.saturating_add(sent.prompt_tokens))
-        })
-    }
-
-    fn unavailable(
-        &self,
-        now: Instant,
-        own: bool,
-        load: &ReplicaLoad,
-        excluded: &[NodeId],
-        id: NodeId,
-    ) -> Option<Unavailable> {
-        if excluded.contains(&id) {
-            return Some(Unavailable::Tried);
-        }
-        if !load.ready {
-            return Some(Unavailable::NotReady);
-        }
-        if !own && !self.path_up {
-            return Some(Unavailable::PathDown);
-        }
-        if let Some(retry_after) = self.breaker.open_for(now) {
-            return Some(Unavailable::Failing { retry_after });
-        }
-        let busy = self.busy_until.saturating_since(now);
-        (!busy.is_zero()).then_some(Unavailable::Busy { retry_after: busy })
-    }
-}
-
-/// An even spread from ids: SplitMix64's finisher over both.
-fn tie(request: RequestId, node: NodeId) -> u64 {
-    let (words, _) = node.0.as_chunks::<8>();
-    let mut mix = (request.0 >> 64) as u64 ^ request.0 as u64;
-    for word in words {
-        mix ^= u64::from_le_bytes(*word);
-        mix = (mix ^ (mix >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mix = (mix ^ (mix >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mix ^= mix >> 31;
-    }
-    mix
-}
-
-fn nanos(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// Replicas kept of one node's report; more are not looked at.
 pub const REPLICAS_PER_NODE_MAX: usize = 256;
-
-/// Attempts counted for one node; beyond it, more are sent and not counted.
-pub const SENT_PER_NODE_MAX: usize = 65_536;
-
-/// Stands for no node: makes the draw for exploration another one than that of ties.
-const EXPLORATION: NodeId = NodeId([0xa5; 32]);

@@ -18,7 +18,9 @@ use protocol::{Instant, NodeId, RequestId};
 
 use super::cost::{compute_us, hand_off_us, harm_us, is_gain, micros, transfer_us};
 use super::decisions::Decided;
+use super::least::Least;
 use super::links::LinkFigures;
+use super::nodes::Seat;
 use super::{Router, RouterConfig};
 
 /// Whether others compute prompts for this node.
@@ -169,34 +171,32 @@ impl PrefillPlan {
 /// Decides it. Never fails: with nobody to ask, or too little to gain, this node computes the prompt.
 pub fn plan_prefill(inputs: &PrefillInputs<'_>, config: &RouterConfig) -> PrefillPlan {
     let here = here(inputs, config);
-    let mut options: Vec<(bool, PrefillOption)> = Vec::new();
+    // Equal costs in the order of ids: the same inputs give the same plan.
+    let mut options = Least::new(OPTIONS_KEPT_MAX - 1);
+    let mut sources = Least::new(SOURCES_MAX);
     let mut passed_over = 0;
     for peer in inputs.peers {
         let best = [fetch(inputs, peer, config), remote(inputs, peer, config)]
             .into_iter()
             .flatten()
             .min_by_key(|&(is_second_rank, option)| (is_second_rank, option.cost_us()));
-        match best {
-            Some(best) => options.push(best),
-            None => passed_over += 1,
+        let Some((is_second_rank, option)) = best else {
+            passed_over += 1;
+            continue;
+        };
+        let key = (is_second_rank, option.cost_us(), peer.node);
+        let always = inputs.mode == Disagg::Always && option.prefill;
+        if always || is_gain(here.cost_us(), option.cost_us(), config) {
+            sources.offer(key, PlannedSource { peer: peer.node, prefill: option.prefill });
         }
+        options.offer(key, option);
     }
-    // Equal costs in the order of ids: the same inputs give the same plan.
-    options.sort_by_key(|&(is_second_rank, o)| (is_second_rank, o.cost_us(), o.peer));
-    let always = |o: &PrefillOption| inputs.mode == Disagg::Always && o.prefill;
-    let taken = options
-        .iter()
-        .filter(|(_, option)| always(option) || is_gain(here.cost_us(), option.cost_us(), config));
-    let source =
-        |(_, o): &(bool, PrefillOption)| Some(PlannedSource { peer: o.peer?, prefill: o.prefill });
-    let sources = taken.filter_map(source).take(SOURCES_MAX).collect();
-    let peers = options.into_iter().map(|(_, option)| option);
     PrefillPlan {
         mode: inputs.mode,
         prompt_tokens: inputs.prompt_tokens,
         cached_tokens: inputs.cached_tokens,
-        sources,
-        options: [here].into_iter().chain(peers).take(OPTIONS_KEPT_MAX).collect(),
+        sources: sources.into_values().collect(),
+        options: [here].into_iter().chain(options.into_values()).collect(),
         passed_over,
     }
 }
@@ -221,27 +221,29 @@ impl Router {
     /// if this node has no such replica. The hand-off's end is to be told to
     /// [`Decisions::prefill_ended`](super::Decisions::prefill_ended).
     pub fn plan_prefill(&mut self, now: Instant, ask: &PrefillAsk<'_>) -> Option<PrefillPlan> {
-        let own = *self.nodes.get(&self.own)?.replicas.get(ask.model)?;
-        let mut peers = Vec::new();
-        for (&id, node) in &self.nodes {
-            let Some(load) = node.replicas.get(ask.model) else { continue };
+        let own = *self.nodes.node(self.own)?.replicas.get(ask.model)?;
+        let model = self.nodes.model(ask.model)?;
+        let mut peers = Vec::with_capacity(model.seats.len().min(PEERS_MAX));
+        let mut overlaps = ask.overlap_tokens.iter().peekable();
+        for seat in &model.seats {
+            let Seat { node: id, load, .. } = *seat;
             if id == self.own || load.weights != own.weights || peers.len() == PEERS_MAX {
                 continue;
             }
-            let (_, sent_tokens) = node.sent_since_report(&self.config, ask.model);
-            let unwell = node.unavailable(now, false, load, ask.suspected, id).is_some();
-            let overlap_tokens = ask.overlap_tokens.get(&id).copied().unwrap_or(0);
+            while overlaps.next_if(|(node, _)| **node < id).is_some() {}
+            let overlap_tokens = overlaps.next_if(|(node, _)| **node == id);
+            let gate = self.nodes.gate(seat);
             peers.push(PrefillPeer {
                 node: id,
                 role: load.role,
                 load: PrefillLoad {
-                    queue_tokens: load.prompt_tokens.saturating_add(sent_tokens),
+                    queue_tokens: load.prompt_tokens,
                     prefill_rate: load.prefill_rate,
                     running: u64::from(load.running),
                 },
-                overlap_tokens,
-                link: self.links.figures(id),
-                avoid: unwell,
+                overlap_tokens: overlap_tokens.map_or(0, |(_, &tokens)| tokens),
+                link: self.nodes.link(seat).unwrap_or_default(),
+                avoid: !load.ready || gate.asked_from > now || ask.suspected.contains(&id),
             });
         }
         let inputs = PrefillInputs {

@@ -29,8 +29,8 @@ fn decided(router: &Router, request: u128) -> ReplicaDecision {
 fn mesh(loads: &[(u8, ReplicaLoad)]) -> Router {
     let mut router = router(loads);
     for (n, _) in loads {
-        router.links_mut().rtt(node(*n), Duration::from_millis(1));
-        router.links_mut().carried(node(*n), 1_000_000_000, Duration::from_secs(1));
+        router.rtt(node(*n), Duration::from_millis(1));
+        router.carried(node(*n), 1_000_000_000, Duration::from_secs(1));
     }
     router
 }
@@ -116,7 +116,7 @@ fn the_parts_of_an_estimate() {
     assert_eq!(parts.path, KvPath::Fetch { from: node(2) });
     assert_eq!(parts.queue_us, 300_000, "300 tokens at 1,000 a second");
     // 1,000 tokens of 12,288 bytes at a gigabyte a second less the round trip of the sample.
-    let rate = LinkFigures::bytes_per_s_or_guess(&router.links().figures(node(2)));
+    let rate = LinkFigures::bytes_per_s_or_guess(&router.link(node(2)));
     assert_eq!(parts.kv_us, 12_288_000_000_000 / rate + 1_000);
     assert_eq!(parts.prefill_us, 500_000);
     assert_eq!(parts.hop_us, 6_000, "five for the hop, one for the round trip");

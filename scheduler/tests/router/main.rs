@@ -2,7 +2,9 @@
 
 mod cost;
 mod decisions;
+mod policies;
 mod prefill;
+mod reference;
 
 use std::collections::BTreeMap;
 

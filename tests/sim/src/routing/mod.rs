@@ -17,14 +17,13 @@ use std::collections::{BTreeMap, BinaryHeap};
 use cache::{HashChain, TenantSalt};
 use protocol::random::Random;
 use protocol::{Instant, NodeId, RequestId, SequenceId, TenantId, TokenId};
-use scheduler::router::{DecisionStats, Outcome, ReplicaLoad};
+use scheduler::router::{DecisionStats, Outcome, Policy, ReplicaLoad};
 
 use directory::Directory;
 use policy::{Ingress, Wanted};
 use replica::{Happened, Replica, identity};
 use trace::{Chat, chats};
 
-pub use policy::Policy;
 pub use trace::Load;
 
 /// One run: a load, a seed, a policy.
@@ -207,7 +206,6 @@ impl World {
             request: RequestId(
                 u128::from(protocol::random::mix(request)) << 64 | u128::from(request),
             ),
-            tenant: *tenant,
             prompt_tokens: prompt.len() as u64,
             overlap_tokens: self.directory.overlaps(self.now_us, chain.hashes()),
         };
