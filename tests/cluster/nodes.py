@@ -67,6 +67,8 @@ class Node:
         self.program, self.name, self.model = vine, name, model
         self.host, self.port, self.netns, self.env = host, port, netns, env or {}
         self.options = options or []
+        # Sent with what is read of it, where that needs a key.
+        self.headers: dict[str, str] = {}
         self.data = data or os.path.join(root, name)
         self.log, self.starts = os.path.join(root, f"{name}.log"), 0
         self.log_from = 0
@@ -154,7 +156,7 @@ class Node:
     def get(self, path: str) -> str:
         connection = self.connect(10)
         try:
-            connection.request("GET", path)
+            connection.request("GET", path, headers=self.headers)
             response = connection.getresponse()
             if response.status != 200:
                 raise ValueError(f"{path}: {response.status}")

@@ -160,7 +160,7 @@ impl Batcher {
             running: self.running.len(),
             waiting,
             prompt_tokens_left,
-            prompt_rate: self.pace.prompt_rate(),
+            prompt_rate: self.pace.prompt_rate(self.config.tokens_per_step_max),
             decode_step: self.pace.decode_step(),
             blocks_free: pool.free,
             blocks_cached: pool.cached,

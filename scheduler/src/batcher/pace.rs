@@ -52,10 +52,13 @@ impl Pace {
         fit.max(PROMPT_TOKENS_MIN)
     }
 
-    /// Prompt tokens per second; 0 while nothing has been measured.
-    pub fn prompt_rate(&self) -> u32 {
-        let each = self.prompt_token().unwrap_or_default().as_nanos();
-        let rate = 1_000_000_000u128.checked_div(each).unwrap_or(0);
+    /// Prompt tokens per second, in steps of `step_tokens` with nothing else in them; 0 while nothing has
+    /// been measured. What a step costs whatever is in it is a decode's, or a prompt's.
+    pub fn prompt_rate(&self, step_tokens: usize) -> u32 {
+        let Some(each) = self.prompt_token() else { return 0 };
+        let tokens = step_tokens as u128;
+        let step = self.decode_step.value.as_nanos() + each.as_nanos() * tokens;
+        let rate = (tokens * 1_000_000_000).checked_div(step).unwrap_or(0);
         u32::try_from(rate).unwrap_or(u32::MAX)
     }
 
@@ -145,19 +148,19 @@ mod tests {
             pace.end_step(now);
         };
         step(&mut pace, Duration::from_millis(100));
-        assert_eq!(pace.prompt_rate(), 1000);
+        assert_eq!(pace.prompt_rate(512), 1000);
         (0..7).for_each(|_| step(&mut pace, Duration::from_millis(100)));
         step(&mut pace, Duration::from_secs(60));
-        assert!((700..1000).contains(&pace.prompt_rate()), "{}", pace.prompt_rate());
+        assert!((700..1000).contains(&pace.prompt_rate(512)), "{}", pace.prompt_rate(512));
         // A machine that is ten times as slow from now on is known for it soon.
         for _ in 0..30 {
             step(&mut pace, Duration::from_secs(1));
         }
-        assert!((90..130).contains(&pace.prompt_rate()), "{}", pace.prompt_rate());
+        assert!((90..130).contains(&pace.prompt_rate(512)), "{}", pace.prompt_rate(512));
     }
 
-    /// Steps of so many prompt tokens that take so many milliseconds, and the rate after them.
-    fn rate_after(steps: &[(usize, u64)]) -> u32 {
+    /// The rate after steps of so many prompt tokens that took so many milliseconds.
+    fn rate_after(step_tokens: usize, steps: &[(usize, u64)]) -> u32 {
         let mut pace = Pace::default();
         let mut now = Instant::ORIGIN;
         for &(tokens, took_ms) in steps {
@@ -165,15 +168,17 @@ mod tests {
             now = now + Duration::from_millis(took_ms);
             pace.end_step(now);
         }
-        pace.prompt_rate()
+        pace.prompt_rate(step_tokens)
     }
 
-    /// A machine that computes 1,000 prompt tokens a second, and whose steps take 20 ms whatever is in them.
+    /// A machine that computes 1,000 prompt tokens a second, and whose shortest steps take 20 ms.
     #[test]
     fn a_few_tokens_do_not_make_a_fast_machine_slow() {
-        let (decode, prompt, leftover) = ((0, 20), (512, 532), (8, 60));
-        let from = |steps: &[&[(usize, u64)]]| rate_after(&steps.concat());
+        let (decode, prompt, leftover) = ((0, 20), (512, 512), (8, 60));
+        let from = |steps: &[&[(usize, u64)]]| rate_after(512, &steps.concat());
         assert_eq!(from(&[]), 0);
+        // Slow steps with few tokens are slow, although a token adds little.
+        assert_eq!(rate_after(32, &[decode, (32, 30)]), 32_000 / 30);
         // What a warm-up gives: cold, then a decode, then a prompt.
         assert_eq!(from(&[&[(1, 900), decode]]), 0, "one token says nothing");
         let warm = [(1, 900), decode, prompt];
