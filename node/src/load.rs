@@ -215,7 +215,7 @@ fn warm_step(
 
 /// Share of the progress that reading the files takes.
 const READING: f32 = 0.95;
-const WARM_TOKENS: usize = 4;
+const WARM_TOKENS: usize = 2;
 /// About how long a prompt is computed, to see how fast.
 const MEASURE_TIME: Duration = Duration::from_millis(500);
 /// Fewer tokens say little of a prompt.

@@ -248,7 +248,7 @@ impl Survey {
 
     /// Finds who can be asked, and who can help them.
     fn see(&mut self, scene: &Scene<'_>) {
-        let Scene { nodes, now, ask, weights, .. } = *scene;
+        let Scene { nodes, now, ask, .. } = *scene;
         self.unavailable.clear();
         self.open.clear();
         self.helpers = Helpers::default();
@@ -260,13 +260,7 @@ impl Survey {
                 self.unavailable.push((seat.node, unavailable(scene, seat, mark)));
                 continue;
             }
-            let rank = Rank {
-                other_weights: Some(seat.load.weights) != weights,
-                suspected: mark.suspected,
-                prefill_only: seat.load.role == NodeRole::Prefill,
-                // Simpler policies do not know it.
-                overloaded: seat.overloaded && scene.config.policy == Policy::Cost,
-            };
+            let rank = scene.rank(seat, mark);
             let overlap_tokens = mark.overlap_tokens;
             let left = ask.prompt_tokens - overlap_tokens;
             let prefill_us = compute_us(left, seat.load.prefill_rate);
@@ -401,6 +395,16 @@ impl Scene<'_> {
         &self.model.seats[open.place as usize]
     }
 
+    fn rank(&self, seat: &Seat, mark: &Mark) -> Rank {
+        Rank {
+            other_weights: Some(seat.load.weights) != self.weights,
+            suspected: mark.suspected,
+            prefill_only: seat.load.role == NodeRole::Prefill,
+            // Simpler policies do not know it.
+            overloaded: seat.overloaded && self.config.policy == Policy::Cost,
+        }
+    }
+
     /// What the policy goes by, lower is better.
     fn key(&self, open: &Open, parts: &CostParts) -> u64 {
         let seats = self.model.seats.len() as u64;
@@ -424,15 +428,15 @@ impl Scene<'_> {
 
 /// Why a replica is not asked; there is a reason.
 fn unavailable(scene: &Scene<'_>, seat: &Seat, mark: &Mark) -> Unavailable {
-    let node = || scene.nodes.node(seat.node).expect("a replica is a known node's");
-    match () {
-        () if mark.excluded => Unavailable::Tried,
-        () if !seat.load.ready => Unavailable::NotReady,
-        () => {
-            let unavailable = node().unavailable(scene.now, seat.node == scene.own);
-            unavailable.unwrap_or(Unavailable::OtherWeights)
-        }
+    if mark.excluded {
+        return Unavailable::Tried;
     }
+    if !seat.load.ready {
+        return Unavailable::NotReady;
+    }
+    let node = scene.nodes.node(seat.node).expect("a replica is a known node's");
+    let unavailable = node.unavailable(scene.now, seat.node == scene.own);
+    unavailable.unwrap_or(Unavailable::OtherWeights)
 }
 
 fn candidate(scene: &Scene<'_>, scored: &Scored) -> Candidate {
