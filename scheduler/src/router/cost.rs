@@ -131,6 +131,16 @@ fn weighed(us: u64, config: &RouterConfig) -> u64 {
     us.saturating_mul(u64::from(config.decode_weight_percent)) / 100
 }
 
+/// How long a replica lets those wait who want blocks of it, or bring it some: it hears them between two
+/// steps, at once if it computes none.
+pub(super) fn turn_us(load: &ReplicaLoad, config: &RouterConfig) -> u64 {
+    match (streams(load), load.decode_step_us) {
+        (0, _) => 0,
+        (_, 0) => micros(config.step_guess),
+        (_, us) => u64::from(us),
+    }
+}
+
 /// Those that decode, and those that will.
 pub(super) fn streams(load: &ReplicaLoad) -> u64 {
     u64::from(load.running) + u64::from(load.waiting)

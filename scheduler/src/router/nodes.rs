@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use protocol::{Duration, Instant, NodeId, RequestId};
 
 use super::breaker::Breaker;
-use super::cost::{compute_us, gap_us, micros, streams};
+use super::cost::{compute_us, gap_us, micros, streams, turn_us};
 use super::links::LinkFigures;
 use super::{ReplicaLoad, RouterConfig, Unavailable};
 
@@ -81,6 +81,8 @@ pub(super) struct Seat {
     pub queue_us: u64,
     /// Of each token of an answer, with what it adds to its neighbours'.
     pub gap_us: u64,
+    /// Until it hears who wants blocks of it, or brings it some.
+    pub turn_us: u64,
     /// It has more to do than it can begin soon.
     pub overloaded: bool,
 }
@@ -369,7 +371,8 @@ impl Seat {
             && load.kv_blocks_free < load.kv_blocks / KV_FREE_SHARE_MIN;
         let overloaded = crowded || queue_us > micros(config.queue_max);
         let gap_us = gap_us(load.decode_step_us, streams(&load), config);
-        Seat { node, slot, load, queue_us, gap_us, overloaded }
+        let turn_us = turn_us(&load, config);
+        Seat { node, slot, load, queue_us, gap_us, turn_us, overloaded }
     }
 }
 

@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 use protocol::node_record::NodeRole;
 use protocol::{Instant, NodeId, RequestId};
 
-use super::cost::{compute_us, hand_off_us, harm_us, is_gain, micros, transfer_us};
+use super::cost::{compute_us, hand_off_us, harm_us, is_gain, micros, transfer_us, turn_us};
 use super::decisions::Decided;
 use super::least::Least;
 use super::links::LinkFigures;
@@ -73,6 +73,8 @@ pub struct PrefillLoad {
     pub prefill_rate: u32,
     /// Sequences that decode.
     pub running: u64,
+    /// Until it hears who wants blocks of it, or brings it some: it does between two steps.
+    pub turn_us: u64,
 }
 
 /// A peer that could help.
@@ -240,6 +242,7 @@ impl Router {
                     queue_tokens: load.prompt_tokens,
                     prefill_rate: load.prefill_rate,
                     running: u64::from(load.running),
+                    turn_us: seat.turn_us,
                 },
                 overlap_tokens: overlap_tokens.map_or(0, |(_, &tokens)| tokens),
                 link: self.nodes.link(seat).unwrap_or_default(),
@@ -256,6 +259,7 @@ impl Router {
                 queue_tokens: own.prompt_tokens,
                 prefill_rate: own.prefill_rate,
                 running: u64::from(own.running),
+                turn_us: turn_us(&own, &self.config),
             },
             peers: &peers,
         };
@@ -282,6 +286,11 @@ fn here(inputs: &PrefillInputs<'_>, config: &RouterConfig) -> PrefillOption {
     }
 }
 
+/// Both ends of a transfer.
+fn turns_us(inputs: &PrefillInputs<'_>, peer: &PrefillPeer) -> u64 {
+    inputs.here.turn_us.saturating_add(peer.load.turn_us)
+}
+
 /// With `true` where it ranks behind all others, whatever it costs.
 fn fetch(
     inputs: &PrefillInputs<'_>,
@@ -301,7 +310,9 @@ fn fetch(
         prefill: false,
         queue_us: compute_us(inputs.here.queue_tokens, rate),
         prefill_us,
-        kv_us: transfer_us(more, inputs.bytes_per_token, peer.link).saturating_add(way),
+        kv_us: transfer_us(more, inputs.bytes_per_token, peer.link)
+            .saturating_add(way)
+            .saturating_add(turns_us(inputs, peer)),
         harm_us: harm_us(prefill_us, inputs.here.running, config),
     };
     Some((inputs.mode == Disagg::Always, option))
@@ -332,7 +343,8 @@ fn remote(
         prefill: true,
         queue_us: compute_us(peer.load.queue_tokens, peer.load.prefill_rate),
         prefill_us: prefill_us.saturating_add(rest_us),
-        kv_us: hand_off_us(moved, inputs.bytes_per_token, peer.link, prefill_us),
+        kv_us: hand_off_us(moved, inputs.bytes_per_token, peer.link, prefill_us)
+            .saturating_add(turns_us(inputs, peer)),
         harm_us: harm_us(prefill_us, peer.load.running, config),
     };
     // Where everything goes to peers, those that are there for it come first.

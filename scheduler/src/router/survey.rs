@@ -114,6 +114,7 @@ struct Helper {
     prefill_us: u64,
     /// What that costs those that decode there.
     harm_us: u64,
+    turn_us: u64,
 }
 
 impl Two {
@@ -174,10 +175,13 @@ impl Helpers {
         let fetched_us = |(_, tokens, from): &(NodeId, u64, Helper)| {
             let kv_us = |link| transfer_us(*tokens, bytes_per_token, link);
             let rtt_us = |link: LinkFigures| micros(link.rtt_or_guess());
-            from.link.map_or(0, |link| kv_us(link).saturating_add(rtt_us(link)))
+            let way_us = from.link.map_or(0, |link| kv_us(link).saturating_add(rtt_us(link)));
+            way_us.saturating_add(from.turn_us)
         };
-        let there_us =
-            |by: &Helper| by.queue_us.saturating_add(by.prefill_us).saturating_add(by.harm_us);
+        let there_us = |by: &Helper| {
+            let prefill_us = by.prefill_us.saturating_add(by.harm_us);
+            by.queue_us.saturating_add(prefill_us).saturating_add(by.turn_us)
+        };
         let computed_us = |(_, _, by): &(NodeId, u64, Helper)| {
             let kv_us = |link| hand_off_us(prompt_tokens, bytes_per_token, link, by.prefill_us);
             there_us(by).saturating_add(by.link.map_or(0, kv_us))
@@ -266,9 +270,9 @@ impl Survey {
             let prefill_us = compute_us(left, seat.load.prefill_rate);
             let harm_us = harm_us(prefill_us, streams(&seat.load), scene.config);
             if !rank.other_weights && !rank.suspected {
-                let Seat { queue_us, .. } = *seat;
+                let Seat { queue_us, turn_us, .. } = *seat;
                 let link = || nodes.link(seat);
-                let helper = || Helper { link: link(), queue_us, prefill_us, harm_us };
+                let helper = || Helper { link: link(), queue_us, prefill_us, harm_us, turn_us };
                 self.helpers.offer(seat, overlap_tokens, prefill_us, helper);
             }
             let gaps_us = decode_us(seat.gap_us, ask.output_tokens, scene.config);
@@ -369,7 +373,8 @@ impl Survey {
         {
             let way = way(link, helper.link);
             let kv_us = transfer_us(tokens - overlap, bytes_per_token, way)
-                .saturating_add(micros(way.rtt_or_guess()));
+                .saturating_add(micros(way.rtt_or_guess()))
+                .saturating_add(seat.turn_us.saturating_add(helper.turn_us));
             let left_us = compute_us(ask.prompt_tokens - tokens, seat.load.prefill_rate);
             let path = KvPath::Fetch { from: *from };
             let fetched = parts(path, seat.queue_us, kv_us, left_us, harm(left_us));
@@ -381,7 +386,8 @@ impl Survey {
             && let Some((by, _, helper)) = self.helpers.prefill.other_than(seat.node)
         {
             let Helper { queue_us, prefill_us, harm_us, .. } = *helper;
-            let kv_us = hand_off_us(missing, bytes_per_token, way(link, helper.link), prefill_us);
+            let kv_us = hand_off_us(missing, bytes_per_token, way(link, helper.link), prefill_us)
+                .saturating_add(seat.turn_us.saturating_add(helper.turn_us));
             let path = KvPath::Remote { by: *by };
             let remote = parts(path, queue_us, kv_us, prefill_us, harm_us);
             best = better(best, remote, here, config);

@@ -8,7 +8,8 @@ use scheduler::router::{
 };
 
 /// Idle, a thousand prompt tokens a second.
-const IDLE: PrefillLoad = PrefillLoad { queue_tokens: 0, prefill_rate: 1000, running: 0 };
+const IDLE: PrefillLoad =
+    PrefillLoad { queue_tokens: 0, prefill_rate: 1000, running: 0, turn_us: 0 };
 
 /// A gigabyte a second, a millisecond.
 const FAST: LinkFigures =
@@ -82,9 +83,9 @@ fn a_peer_prefills_where_that_is_a_gain() {
 #[test]
 fn the_rule_by_hand() {
     // Here: 1,000 queued + 2,000 to compute at 1,000 a second, 4 streams that wait for the 2,000.
-    let here = PrefillLoad { queue_tokens: 1000, running: 4, ..IDLE };
+    let here = PrefillLoad { queue_tokens: 1000, running: 4, turn_us: 20_000, ..IDLE };
     // There: 100 queued, 4,000 a second; 24.6 MB at 20 MB/s take longer than the prefill.
-    let load = PrefillLoad { queue_tokens: 100, prefill_rate: 4000, running: 1 };
+    let load = PrefillLoad { queue_tokens: 100, prefill_rate: 4000, running: 1, turn_us: 5_000 };
     let link = LinkFigures { bytes_per_s: Some(20_000_000), ..FAST };
     let peers = [PrefillPeer { load, link, ..peer(1) }];
     let plan = plan_prefill(&inputs(here, &peers), &config());
@@ -93,14 +94,15 @@ fn the_rule_by_hand() {
     assert_eq!(local.harm_us, 2_000_000 * 4 / 10);
     assert_eq!((remote.queue_us, remote.prefill_us), (25_000, 500_000));
     let transfer_us = 2000 * 12_288 * 1_000_000 / 20_000_000;
-    assert_eq!(remote.kv_us, transfer_us - 500_000 + 1_000 + 2_000, "the rest, rtt, commit");
+    // The rest, rtt, commit, and a step of each.
+    assert_eq!(remote.kv_us, transfer_us - 500_000 + 1_000 + 2_000 + 25_000);
     assert_eq!(remote.harm_us, 500_000 / 10);
     assert_eq!(plan.kind(), PrefillKind::Remote);
     assert_eq!(*plan.chosen(), remote);
     // Faster than its prefill, the path still has to bring the last chunk.
     let peers = [PrefillPeer { link: FAST, ..peers[0] }];
     let plan = plan_prefill(&inputs(here, &peers), &config());
-    assert_eq!(plan.options[1].kv_us, 512 * 12_288 / 1000 + 3_000);
+    assert_eq!(plan.options[1].kv_us, 512 * 12_288 / 1000 + 3_000 + 25_000);
 }
 
 #[test]
@@ -185,7 +187,12 @@ fn bounds() {
     // Equals in the order of their ids: the same every time.
     assert_eq!(plan.sources[0], PlannedSource { peer: node(1), prefill: true });
     // Numbers that nobody honest sends.
-    let huge = PrefillLoad { queue_tokens: u64::MAX, prefill_rate: 1, running: u64::MAX };
+    let huge = PrefillLoad {
+        queue_tokens: u64::MAX,
+        prefill_rate: 1,
+        running: u64::MAX,
+        turn_us: u64::MAX,
+    };
     let wild = PrefillPeer {
         load: huge,
         overlap_tokens: u64::MAX,

@@ -202,6 +202,11 @@ impl Plain {
             let bytes = tokens * u64::from(c.load.kv_bytes_per_token);
             bytes * 1_000_000 / way.bytes_per_s_or_guess()
         };
+        let turn = |load: &ReplicaLoad| match (streams(load), load.decode_step_us) {
+            (0, _) => 0,
+            (_, 0) => micros(config.step_guess),
+            (_, us) => u64::from(us),
+        };
         let mut ways = vec![here];
         let is_well =
             |o: &&Candidate| o.node != c.node && !o.rank.other_weights && !o.rank.suspected;
@@ -213,6 +218,7 @@ impl Plain {
             let way = way(most.node);
             let moved = most.overlap_tokens - c.overlap_tokens;
             let kv = transfer(moved, way) + micros(way.rtt_or_guess());
+            let kv = kv + turn(&c.load) + turn(&most.load);
             let left = compute_us(ask.prompt_tokens - most.overlap_tokens, c.load.prefill_rate);
             let path = KvPath::Fetch { from: most.node };
             ways.push(parts(path, queue_us(c), kv, left, streams(&c.load)));
@@ -228,6 +234,7 @@ impl Plain {
             let prefill = own_prefill(by);
             let kv = transfer(missing, way).saturating_sub(prefill);
             let kv = kv.max(transfer(missing.min(512), way)) + micros(way.rtt_or_guess()) + 2_000;
+            let kv = kv + turn(&c.load) + turn(&by.load);
             let path = KvPath::Remote { by: by.node };
             ways.push(parts(path, queue_us(by), kv, prefill, streams(&by.load)));
         }
