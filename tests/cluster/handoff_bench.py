@@ -3,8 +3,8 @@
 
 One node alone, and a mesh of one that prefills and one that decodes, a thread each, on loopback. In turns:
 the time to the first token of a new prompt at the node alone, and at the decoder, whose prompt the prefiller computes; then the
-same prompt at the decoder once more, started anew, which fetches what the prefiller has cached; and one raw stream of quinn (`cargo build --release -p grapevine-node --example
-quic_goodput`). Measures, asserts nothing but that hand-offs took place.
+same prompt at the decoder once more, started anew, which fetches what the prefiller has cached; and raw streams of quinn, of as many bytes and of 256 MiB (`cargo build --release
+-p grapevine-node --example quic_goodput`). Measures, asserts nothing but that hand-offs took place.
 """
 
 import http.client
@@ -39,6 +39,12 @@ def first_token(node: Node, model: str, prompt: str) -> tuple[float, int, int]:
     return took, usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
 
 
+def goodput(raw: str, size: float) -> float:
+    """MB/s of a raw stream of about so many bytes, the median of five on one connection."""
+    out = subprocess.run([raw, str(round(size / (1 << 20)))], capture_output=True, text=True, timeout=120).stdout
+    return statistics.median(float(x) for x in re.findall(r"([\d.]+) MB/s", out))
+
+
 def main() -> int:
     vine, model, raw, rounds, tokens = (sys.argv[1:] + [None] * 5)[:5]
     rounds, tokens = int(rounds or 5), int(tokens or 2000)
@@ -55,7 +61,7 @@ def main() -> int:
         d.start(p.invite())
         ready = lambda n: sum(any(m["state"] == "ready" for m in peer["models"] or []) for peer in n.peers()) == 2
         until("the replicas are known", 60, lambda: ready(d))
-        local, remote, fetched, rates, raws = [], [], [], [], []
+        local, remote, fetched, rates, raws, longs = [], [], [], [], [], []
         for round_ in range(rounds + 1):
             drawn = random.Random(round_)
             # These words are 1.75 tokens each in a vocabulary that was not made for English.
@@ -81,14 +87,14 @@ def main() -> int:
             if round_:
                 local.append(a), remote.append(b), fetched.append(c), rates.append(size / seconds / 1e6)
                 if raw:
-                    out = subprocess.run([raw, "256"], capture_output=True, text=True, timeout=120).stdout
-                    raws.append(statistics.median(float(x) for x in re.findall(r"([\d.]+) MB/s", out)))
+                    raws.append(goodput(raw, size)), longs.append(goodput(raw, 256 << 20))
             say(f"{n} tokens, {size / 1e6:.1f} MB: alone {a * 1e3:.0f} ms, computed elsewhere {b * 1e3:.0f} ms ({b / a:.3f}), fetched {c * 1e3:.0f} ms "
-                f"at {size / seconds / 1e6:.0f} MB/s" + (f", one raw stream {raws[-1]:.0f} MB/s" if raws else ""))
+                f"at {size / seconds / 1e6:.0f} MB/s" + (f", one raw stream {raws[-1]:.0f} MB/s, of 256 MiB {longs[-1]:.0f}" if raws else ""))
         median = statistics.median
         say(f"medians: alone {median(local) * 1e3:.0f} ms, elsewhere {median(remote) * 1e3:.0f} ms, ratio {median(r / l for r, l in zip(remote, local)):.3f}; "
             f"fetched {median(fetched) * 1e3:.0f} ms, {median(rates):.0f} MB/s"
-            + (f", raw {median(raws):.0f} MB/s, ratio {median(r / w for r, w in zip(rates, raws)):.2f}" if raws else ""))
+            + (f", raw {median(raws):.0f} MB/s, ratio {median(r / w for r, w in zip(rates, raws)):.2f}; "
+               f"raw of 256 MiB {median(longs):.0f} MB/s, ratio {median(r / w for r, w in zip(rates, longs)):.2f}" if raws else ""))
     finally:
         for n in nodes:
             n.kill()
