@@ -20,7 +20,6 @@ pub mod isa;
 pub mod linear;
 pub mod map;
 pub mod measure;
-pub mod memory;
 pub mod ops;
 pub mod pool;
 pub mod quant;

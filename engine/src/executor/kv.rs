@@ -26,8 +26,7 @@ impl KvStorage {
         let len = bytes.checked_add(ALIGNMENT).ok_or_else(too_large)?;
         // Asks whether the memory can be had before an allocation that would abort.
         Vec::<u8>::new().try_reserve_exact(len).map_err(|_| too_large())?;
-        let mut bytes = vec![0u8; len];
-        kernels::memory::prefer_huge_pages(&mut bytes);
+        let bytes = vec![0u8; len];
         let start = bytes.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
         Ok(KvStorage { layout, capacity, bytes, start })
     }

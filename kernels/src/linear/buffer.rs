@@ -3,8 +3,6 @@
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
 
-use crate::memory::{self, HUGE_PAGE};
-
 /// Bytes that begin at a cache line, and lie in huge pages as far as the system has them: reading
 /// all weights for each token would otherwise wait for address translation, and the first write
 /// to each small page for the system.
@@ -27,8 +25,7 @@ impl Buffer {
         // SAFETY: the size is not zero.
         let start = unsafe { alloc(layout) };
         let start = NonNull::new(start).unwrap_or_else(|| handle_alloc_error(layout));
-        // SAFETY: the range is the allocation.
-        unsafe { memory::advise_huge_pages(start, len) };
+        advise_huge_pages(start, len);
         Some(Buffer { start, len })
     }
 
@@ -79,6 +76,28 @@ fn layout(len: usize) -> Option<Layout> {
     let align = if len >= HUGE_PAGE { HUGE_PAGE } else { LINE };
     Layout::from_size_align(len.max(1), align).ok()
 }
+
+/// Only whole huge pages inside of the buffer: the system could otherwise back what lies behind
+/// its end, too.
+#[cfg(target_os = "linux")]
+fn advise_huge_pages(start: NonNull<u8>, len: usize) {
+    unsafe extern "C" {
+        fn madvise(addr: *mut std::ffi::c_void, length: usize, advice: i32) -> i32;
+    }
+    const MADV_HUGEPAGE: i32 = 14;
+    let whole = len / HUGE_PAGE * HUGE_PAGE;
+    if whole > 0 {
+        // SAFETY: the range belongs to the allocation, which is aligned to a huge page; the
+        // advice changes no content. Whether it was taken makes no difference but speed.
+        unsafe { madvise(start.as_ptr().cast(), whole, MADV_HUGEPAGE) };
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn advise_huge_pages(_start: NonNull<u8>, _len: usize) {}
+
+/// Bytes of a huge page on the systems that we know.
+const HUGE_PAGE: usize = 2 << 20;
 
 /// Bytes of a cache line.
 const LINE: usize = 64;
