@@ -1,18 +1,19 @@
 //! Matrix products with AVX2 and FMA.
 //!
-//! Built like the kernels of [`super::avx512`], with registers of eight rows: a tile is 16 of a
-//! panel's rows times up to two tokens. There is no exact product of unsigned and signed bytes
-//! that adds four of them (`maddubs` saturates at 16 bits), so bytes are widened to 16 bits, the
-//! even and the odd ones apart, and multiplied in pairs.
+//! Built like the kernels of [`super::avx512`], with registers of eight rows: a tile is all rows of a
+//! panel times one or two tokens, or half of them times up to four, and its sums over a step stay in
+//! registers. How codes and inputs are multiplied stands in [`codes`].
 
 use std::arch::x86_64::*;
 
-use crate::format::IQ4_LEVELS;
-use crate::linear::{Activations, Bits, PANEL, PanelOut, QuantBlock, STEP, Shape};
+use crate::linear::{Activations, PANEL, PanelOut, QuantBlock, STEP, Shape};
 
+mod codes;
 mod floats;
+mod inputs;
 
 pub(crate) use floats::floats;
+pub(crate) use inputs::quantize_row;
 
 /// One panel of quantized weights, for all tokens.
 ///
@@ -27,21 +28,23 @@ pub unsafe fn quantized<S: Shape>(panel: &[u8], x: &Activations, out: &PanelOut)
         // tile reaches beyond the last token.
         unsafe {
             token += match x.tokens() - token {
-                1 => tile::<S, 1>(panel, x, token, out),
-                _ => tile::<S, 2>(panel, x, token, out),
+                1 => tile::<S, 1, 4>(panel, x, token, out),
+                2 => tile::<S, 2, 4>(panel, x, token, out),
+                3 | 5 | 6 => tile::<S, 3, 2>(panel, x, token, out),
+                _ => tile::<S, 4, 2>(panel, x, token, out),
             }
         }
     }
 }
 
-/// Tokens `token..token + T`; gives `T`.
+/// Tokens `token..token + T`, with as many rows at once as `Q` registers hold; gives `T`.
 ///
 /// # Safety
 /// The features of [`quantized`]; `panel` has the length that the layout asks for and the tokens
 /// are in `x`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn tile<S: Shape, const T: usize>(
+unsafe fn tile<S: Shape, const T: usize, const Q: usize>(
     panel: &[u8],
     x: &Activations,
     token: usize,
@@ -49,31 +52,46 @@ unsafe fn tile<S: Shape, const T: usize>(
 ) -> usize {
     let inputs: [*const QuantBlock; T] = std::array::from_fn(|t| x.blocks(token + t).as_ptr());
     let layout = const { S::LAYOUT };
-    let mut acc = [[_mm256_setzero_ps(); 4]; T];
-    let mut at = panel.as_ptr();
-    let mut block = 0;
-    while block < x.cols() / STEP {
-        let header = at;
-        // SAFETY: a panel is a row of groups, each a header and then its steps, and there are as
-        // many steps as blocks of inputs; all loads below stay inside of the step or the header.
-        unsafe {
-            at = at.add(layout.header_bytes());
-            for _ in 0..layout.group() {
-                for t in 0..T {
-                    for pair in 0..2 {
-                        step::<S>(header, at, pair, &*inputs[t].add(block), &mut acc[t]);
+    let mut values = [[_mm256_setzero_ps(); 4]; T];
+    for first in (0..4).step_by(Q) {
+        let mut acc = [[_mm256_setzero_ps(); Q]; T];
+        let mut at = panel.as_ptr();
+        let mut block = 0;
+        while block < x.cols() / STEP {
+            let header = at;
+            // SAFETY: a panel is a row of groups, each a header and then its steps, and there are
+            // as many steps as blocks of inputs; all loads below stay inside of the step or the
+            // header.
+            unsafe {
+                at = at.add(layout.header_bytes());
+                for _ in 0..layout.group() {
+                    if token == 0 && first == 0 {
+                        prefetch(at, layout.step_bytes());
                     }
+                    step::<S, T, Q>(header, at, first, &inputs.map(|x| x.add(block)), &mut acc);
+                    at = at.add(layout.step_bytes());
+                    block += 1;
                 }
-                at = at.add(layout.step_bytes());
-                block += 1;
             }
         }
+        for (values, acc) in values.iter_mut().zip(&acc) {
+            values[first..first + Q].copy_from_slice(acc);
+        }
     }
-    for (t, acc) in acc.iter().enumerate() {
+    for (t, values) in values.iter().enumerate() {
         // SAFETY: the token is one of the call's.
-        unsafe { store(acc, token + t, out) };
+        unsafe { store(values, token + t, out) };
     }
     T
+}
+
+/// Asks for the memory that the steps (or columns) after this one read, as [`super::avx512`] does.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn prefetch(at: *const u8, bytes: usize) {
+    for line in (0..bytes).step_by(64) {
+        _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(PREFETCH + line).cast());
+    }
 }
 
 /// Hands the sums of one token over.
@@ -93,170 +111,72 @@ unsafe fn store(acc: &[__m256; 4], token: usize, out: &PanelOut) {
     }
 }
 
-/// Adds 32 columns to the sums of the rows `16 * pair ..`.
+/// Adds 32 columns to the sums of the rows `8 * first ..`.
 ///
 /// # Safety
-/// The features of [`quantized`]; the pointers lead to a whole header and step.
+/// The features of [`quantized`]; the pointers lead to a whole header, step and blocks.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn step<S: Shape>(
+unsafe fn step<S: Shape, const T: usize, const Q: usize>(
     header: *const u8,
     at: *const u8,
-    pair: usize,
-    x: &QuantBlock,
-    acc: &mut [__m256; 4],
+    first: usize,
+    x: &[*const QuantBlock; T],
+    acc: &mut [[__m256; Q]; T],
 ) {
+    let whole = const { S::LAYOUT.sub_len == STEP };
     // SAFETY: offsets are those of the layout, inside of what the caller vouches for.
     unsafe {
-        let codes = at.add(const { S::LAYOUT.scale_bytes() } + 64 * pair);
-        let mut sums = [_mm256_setzero_ps(); 2];
+        let codes = at.add(const { S::LAYOUT.scale_bytes() } + 32 * first);
+        let mut sums = [[_mm256_setzero_ps(); Q]; T];
         for sub in 0..const { STEP / S::LAYOUT.sub_len } {
-            let mut dots = [_mm256_setzero_si256(); 2];
-            if const { S::LAYOUT.sub_len == STEP } {
-                start::<S>(x.offset, &mut dots);
-                dot::<S>(codes, 0, x, &mut dots);
-                dot::<S>(codes, 1, x, &mut dots);
+            let dots = if whole {
+                codes::dots::<S, T, Q, 0, 8>(codes, x)
+            } else if sub == 0 {
+                codes::dots::<S, T, Q, 0, 4>(codes, x)
             } else {
-                start::<S>(x.offsets[sub], &mut dots);
-                dot::<S>(codes, sub, x, &mut dots);
-            }
-            for q in 0..2 {
-                let scale = scales::<S>(header, at, sub, 2 * pair + q);
-                let dot = _mm256_cvtepi32_ps(dots[q]);
-                sums[q] = if sub == 0 {
-                    _mm256_mul_ps(dot, scale)
-                } else {
-                    _mm256_fmadd_ps(dot, scale, sums[q])
-                };
+                codes::dots::<S, T, Q, 4, 8>(codes, x)
+            };
+            for q in 0..Q {
+                let scale = scales::<S>(header, at, sub, first + q);
+                for t in 0..T {
+                    let mut dot = _mm256_cvtepi32_ps(dots[t][q]);
+                    if const { codes::zero(&S::LAYOUT) != 0 } {
+                        // All of these are integers below 2^24: exact.
+                        let zero = _mm256_set1_ps(const { codes::zero(&S::LAYOUT) as f32 });
+                        let inputs = if whole { (*x[t]).sum } else { (*x[t]).sums[sub] };
+                        dot = _mm256_fnmadd_ps(zero, _mm256_set1_ps(inputs), dot);
+                    }
+                    sums[t][q] = if sub == 0 {
+                        _mm256_mul_ps(dot, scale)
+                    } else {
+                        _mm256_fmadd_ps(dot, scale, sums[t][q])
+                    };
+                }
             }
         }
         if const { S::LAYOUT.mins } {
             for sub in 0..const { STEP / S::LAYOUT.sub_len } {
-                let whole = const { S::LAYOUT.sub_len == STEP };
-                let inputs = _mm256_set1_ps(if whole { x.sum } else { x.sums[sub] });
-                for q in 0..2 {
-                    let min = mins::<S>(header, at, sub, 2 * pair + q);
-                    sums[q] = _mm256_fnmadd_ps(min, inputs, sums[q]);
+                for q in 0..Q {
+                    let min = mins::<S>(header, at, sub, first + q);
+                    for t in 0..T {
+                        let inputs = if whole { (*x[t]).sum } else { (*x[t]).sums[sub] };
+                        let inputs = _mm256_set1_ps(inputs);
+                        sums[t][q] = _mm256_fnmadd_ps(min, inputs, sums[t][q]);
+                    }
                 }
             }
         }
-        let dx = _mm256_set1_ps(x.scale);
-        for q in 0..2 {
-            let acc = &mut acc[2 * pair + q];
-            *acc = _mm256_fmadd_ps(sums[q], dx, *acc);
-        }
-    }
-}
-
-/// What codes with their zero at 128 would add too much.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn start<S: Shape>(offset: i32, dots: &mut [__m256i; 2]) {
-    if const { !S::LAYOUT.mins } {
-        *dots = [_mm256_set1_epi32(offset); 2];
-    }
-}
-
-/// Adds the products of the first (`part` 0) or last 16 columns of a step, for 16 rows.
-///
-/// # Safety
-/// The features of [`quantized`]; `codes` leads to the rows' codes of the step.
-#[inline]
-#[target_feature(enable = "avx2")]
-unsafe fn dot<S: Shape>(codes: *const u8, part: usize, x: &QuantBlock, dots: &mut [__m256i; 2]) {
-    let even = _mm256_set1_epi16(0xff);
-    for v in 0..4 {
-        let inputs: &[i8; 4] =
-            x.codes[16 * part + 4 * v..].first_chunk().expect("four of a part's inputs");
-        let inputs = _mm256_set1_epi32(i32::from_le_bytes(inputs.map(|code| code as u8)));
-        let even_inputs = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(inputs));
-        let odd_inputs = _mm256_srai_epi16::<8>(inputs);
-        for (q, dots) in dots.iter_mut().enumerate() {
-            // SAFETY: a piece has 32 bytes for each eight rows.
-            let codes = unsafe { unpack::<S>(codes.add(32 * q), part, v) };
-            let even = _mm256_madd_epi16(_mm256_and_si256(codes, even), even_inputs);
-            let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(codes), odd_inputs);
-            *dots = _mm256_add_epi32(*dots, _mm256_add_epi32(even, odd));
-        }
-    }
-}
-
-/// The codes of eight rows and the columns `16 * part + 4 * v ..` as bytes, raised as in
-/// [`super::avx512`].
-///
-/// # Safety
-/// The features of [`quantized`]; `codes` leads to the rows' codes of a step.
-#[inline]
-#[target_feature(enable = "avx2")]
-unsafe fn unpack<S: Shape>(codes: *const u8, part: usize, v: usize) -> __m256i {
-    let upper = _mm256_set1_epi8(0xf0_u8 as i8);
-    // SAFETY: pieces are those of the layout.
-    unsafe {
-        match const { S::LAYOUT.bits } {
-            Bits::Eight => load(codes, 4 * part + v),
-            Bits::Four => _mm256_and_si256(raise(load(codes, v), part), upper),
-            Bits::Levels => {
-                let four = load(codes, v);
-                let four = if part == 0 { four } else { _mm256_srli_epi16::<4>(four) };
-                let four = _mm256_and_si256(four, _mm256_set1_epi8(15));
-                _mm256_shuffle_epi8(levels(), four)
-            }
-            Bits::Five => {
-                let four = _mm256_and_si256(raise(load(codes, v), part), upper);
-                let one = load(codes, 4);
-                let one = match 4 * part + v {
-                    0 => _mm256_slli_epi16::<3>(one),
-                    1 => _mm256_slli_epi16::<2>(one),
-                    2 => _mm256_slli_epi16::<1>(one),
-                    3 => one,
-                    4 => _mm256_srli_epi16::<1>(one),
-                    5 => _mm256_srli_epi16::<2>(one),
-                    6 => _mm256_srli_epi16::<3>(one),
-                    _ => _mm256_srli_epi16::<4>(one),
-                };
-                _mm256_or_si256(four, _mm256_and_si256(one, _mm256_set1_epi8(0x08)))
-            }
-            Bits::Six => {
-                let four = _mm256_and_si256(raise(load(codes, v), part), upper);
-                let two = load(codes, 4 + part);
-                let two = match v {
-                    0 => _mm256_slli_epi16::<2>(two),
-                    1 => two,
-                    2 => _mm256_srli_epi16::<2>(two),
-                    _ => _mm256_srli_epi16::<4>(two),
-                };
-                _mm256_or_si256(four, _mm256_and_si256(two, _mm256_set1_epi8(0x0c)))
+        for t in 0..T {
+            let dx = _mm256_set1_ps((*x[t]).scale);
+            for q in 0..Q {
+                acc[t][q] = _mm256_fmadd_ps(sums[t][q], dx, acc[t][q]);
             }
         }
     }
 }
 
-/// # Safety
-/// Piece `v` of the codes is there.
-#[inline]
-#[target_feature(enable = "avx2")]
-unsafe fn load(codes: *const u8, v: usize) -> __m256i {
-    // SAFETY: promised by the caller.
-    unsafe { _mm256_loadu_si256(codes.add(4 * PANEL * v).cast()) }
-}
-
-/// Brings the low (`part` 0) or high nibbles to the upper half of their bytes.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn raise(codes: __m256i, part: usize) -> __m256i {
-    if part == 0 { _mm256_slli_epi16::<4>(codes) } else { codes }
-}
-
-/// The IQ4 levels with their zero at 128.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn levels() -> __m256i {
-    const TABLE: [u8; 16] = super::levels_from_zero(&IQ4_LEVELS);
-    // SAFETY: the table has sixteen bytes.
-    _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(TABLE.as_ptr().cast()) })
-}
-
-/// The scales of the rows `8 * q ..` for the unpacked codes of a sub-block.
+/// The scales of the rows `8 * q ..` for a sub-block.
 ///
 /// # Safety
 /// The features of [`quantized`]; the pointers lead to a whole header and step.
@@ -264,15 +184,14 @@ fn levels() -> __m256i {
 #[target_feature(enable = "avx2,f16c")]
 unsafe fn scales<S: Shape>(header: *const u8, at: *const u8, sub: usize, q: usize) -> __m256 {
     let layout = const { S::LAYOUT };
-    let unraise = _mm256_set1_ps(layout.bits.unraise());
     // SAFETY: the layout begins with these scales.
     unsafe {
         if !layout.nested {
-            return _mm256_mul_ps(halves(at, q), unraise);
+            return halves(at, q);
         }
         let scale = _mm_loadl_epi64(at.add(PANEL * sub + 8 * q).cast());
         let scale = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(scale));
-        _mm256_mul_ps(_mm256_mul_ps(halves(header, q), scale), unraise)
+        _mm256_mul_ps(halves(header, q), scale)
     }
 }
 
@@ -307,3 +226,6 @@ unsafe fn halves(from: *const u8, q: usize) -> __m256 {
     // SAFETY: promised by the caller.
     _mm256_cvtph_ps(unsafe { _mm_loadu_si128(from.add(16 * q).cast()) })
 }
+
+/// Bytes ahead: what memory delivers in about its latency, and some more.
+const PREFETCH: usize = 4096;

@@ -110,6 +110,9 @@ impl Activations {
                     #[cfg(target_arch = "x86_64")]
                     // SAFETY: the CPU was asserted to have the instruction set.
                     Isa::Avx512 => unsafe { crate::arch::avx512::quantize_row(values, blocks) },
+                    #[cfg(target_arch = "x86_64")]
+                    // SAFETY: as above.
+                    Isa::Avx2 => unsafe { crate::arch::avx2::quantize_row(values, blocks) },
                     _ => quantize_row(values, blocks),
                 }
             }

@@ -2,9 +2,9 @@
 
 use std::arch::x86_64::*;
 
-use super::store;
+use super::{prefetch, store};
 use crate::format::Format;
-use crate::linear::{Activations, PANEL, PanelOut, TILE};
+use crate::linear::{Activations, DIRECT_TOKENS, PANEL, PanelOut, TILE};
 
 /// One panel of float weights, `[cols][32 rows]`, for all tokens.
 ///
@@ -29,49 +29,71 @@ pub unsafe fn floats(format: Format, panel: &[u8], x: &Activations, out: &PanelO
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn tiles<W: Weights>(panel: &[u8], x: &Activations, out: &PanelOut) {
     assert_eq!(panel.len(), x.cols() * PANEL * W::BYTES, "a whole panel");
-    // Even tokens begin inside of a tile of inputs, and so the odd ones end in the same.
-    const { assert!(TILE.is_multiple_of(2)) };
-    for token in (0..x.tokens()).step_by(2) {
+    // Two halves of a tile of inputs, so that none reaches into the next.
+    const { assert!(TILE == 12) };
+    let mut token = 0;
+    while token < x.tokens() {
         // SAFETY: the features are those of this function, the panel was just checked, and the
         // tokens are there.
         unsafe {
-            match x.tokens() - token {
-                1 => tile::<W, 1>(panel, x, token, out),
-                _ => tile::<W, 2>(panel, x, token, out),
+            token += match x.tokens() - token {
+                1 => tile::<W, 1, 4>(panel, x, token, out),
+                2 => tile::<W, 2, 4>(panel, x, token, out),
+                3 => tile::<W, 3, 2>(panel, x, token, out),
+                4 => tile::<W, 4, 2>(panel, x, token, out),
+                5 => tile::<W, 5, 2>(panel, x, token, out),
+                _ => tile::<W, 6, 2>(panel, x, token, out),
             }
         }
     }
 }
 
+/// Tokens `token..token + T`, with as many rows at once as `Q` registers hold; gives `T`.
+///
 /// # Safety
 /// As [`floats`]; the panel has as many columns as `x`, and the tokens are in one tile of it.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn tile<W: Weights, const T: usize>(
+unsafe fn tile<W: Weights, const T: usize, const Q: usize>(
     panel: &[u8],
     x: &Activations,
     token: usize,
     out: &PanelOut,
-) {
-    let (mut inputs, next_token, next_col) = x.tile(token);
-    let mut acc = [[_mm256_setzero_ps(); 4]; T];
-    for weights in panel.chunks_exact(PANEL * W::BYTES) {
-        // SAFETY: the chunk holds 32 weights, and every column of the tile is in the buffer.
-        unsafe {
-            for q in 0..4 {
-                let weights = W::load(weights.as_ptr().add(8 * q * W::BYTES));
+) -> usize {
+    let (first, next_token, next_col) = x.tile(token);
+    let next_token = if T > DIRECT_TOKENS { 1 } else { next_token };
+    let mut values = [[_mm256_setzero_ps(); 4]; T];
+    for rows in (0..4).step_by(Q) {
+        let mut inputs = first;
+        let mut acc = [[_mm256_setzero_ps(); Q]; T];
+        for weights in panel.chunks_exact(PANEL * W::BYTES) {
+            // SAFETY: the chunk holds 32 weights, and every column of the tile is in the buffer.
+            unsafe {
+                if token == 0 && rows == 0 {
+                    prefetch(weights.as_ptr(), weights.len());
+                }
+                let mut w = [_mm256_setzero_ps(); Q];
+                for (q, w) in w.iter_mut().enumerate() {
+                    *w = W::load(weights.as_ptr().add(8 * (rows + q) * W::BYTES));
+                }
                 for (t, acc) in acc.iter_mut().enumerate() {
                     let x = _mm256_set1_ps(*inputs.add(t * next_token));
-                    acc[q] = _mm256_fmadd_ps(weights, x, acc[q]);
+                    for q in 0..Q {
+                        acc[q] = _mm256_fmadd_ps(w[q], x, acc[q]);
+                    }
                 }
+                inputs = inputs.wrapping_add(next_col);
             }
-            inputs = inputs.wrapping_add(next_col);
+        }
+        for (values, acc) in values.iter_mut().zip(&acc) {
+            values[rows..rows + Q].copy_from_slice(acc);
         }
     }
-    for (t, acc) in acc.iter().enumerate() {
+    for (t, values) in values.iter().enumerate() {
         // SAFETY: the token is one of the call's.
-        unsafe { store(acc, token + t, out) };
+        unsafe { store(values, token + t, out) };
     }
+    T
 }
 
 /// How eight weights become f32.
