@@ -86,6 +86,12 @@ pub fn f16_to_f32_slice(isa: Isa, from: &[u16], to: &mut [f32]) {
         // SAFETY: F16C is part of Avx2, which this CPU was just asserted to have.
         return unsafe { crate::arch::f16c::widen(from, to) };
     }
+    #[cfg(target_arch = "aarch64")]
+    if isa >= Isa::Neon {
+        isa.assert_available();
+        // SAFETY: the CPU was just asserted to have NEON.
+        return unsafe { crate::arch::neon::widen(from, to) };
+    }
     let _ = isa;
     from.iter().zip(to).for_each(|(&f, t)| *t = f16_to_f32(f));
 }
@@ -101,6 +107,12 @@ pub fn f32_to_f16_slice(isa: Isa, from: &[f32], to: &mut [u16]) {
         isa.assert_available();
         // SAFETY: F16C is part of Avx2, which this CPU was just asserted to have.
         return unsafe { crate::arch::f16c::narrow(from, to) };
+    }
+    #[cfg(target_arch = "aarch64")]
+    if isa >= Isa::Neon {
+        isa.assert_available();
+        // SAFETY: the CPU was just asserted to have NEON.
+        return unsafe { crate::arch::neon::narrow(from, to) };
     }
     let _ = isa;
     from.iter().zip(to).for_each(|(&f, t)| *t = f32_to_f16(f));

@@ -2,12 +2,15 @@
 //!
 //! An [`Isa`] above [`Isa::Scalar`] can only be had from [`Isa::detect`] or [`Isa::available`],
 //! or by naming a variant: kernels therefore check again, once for each call, that the CPU has
-//! what the variant promises. aarch64 runs the scalar kernels: there is no NEON code, because
-//! none of the machines that run the tests could prove it.
+//! what the variant promises.
+//!
+//! What is proven and how: all tests of this crate run for every variant that the CPU has, against
+//! the bits of [`Isa::Scalar`]. The NEON variants run them under an emulator (`kernels/aarch64`):
+//! their results are proven, their speed was never measured.
 
 use std::fmt;
 
-/// An instruction set, ordered from the slowest to the fastest.
+/// An instruction set; those of one architecture are ordered from the slowest to the fastest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Isa {
     /// Portable Rust, the reference that the others are tested against.
@@ -16,23 +19,28 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, VL, DQ and VNNI (and everything in [`Isa::Avx2`]).
     Avx512,
+    /// What every aarch64 has: NEON with conversion of binary16.
+    Neon,
+    /// NEON with dot products of bytes (`dotprod`, from Armv8.2 on).
+    NeonDot,
+    /// NEON with products of matrices of bytes (`i8mm`, from Armv8.6 on; and all of
+    /// [`Isa::NeonDot`]).
+    NeonI8mm,
 }
 
 impl Isa {
+    const ALL: [Isa; 6] =
+        [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Neon, Isa::NeonDot, Isa::NeonI8mm];
+
     /// The fastest instruction set of this CPU.
     pub fn detect() -> Isa {
-        if Isa::Avx512.is_available() {
-            Isa::Avx512
-        } else if Isa::Avx2.is_available() {
-            Isa::Avx2
-        } else {
-            Isa::Scalar
-        }
+        let available = Isa::ALL.into_iter().rev().find(|isa| isa.is_available());
+        available.expect("every CPU runs scalar kernels")
     }
 
     /// All instruction sets that this CPU has, slowest first.
     pub fn available() -> impl Iterator<Item = Isa> {
-        [Isa::Scalar, Isa::Avx2, Isa::Avx512].into_iter().filter(|isa| isa.is_available())
+        Isa::ALL.into_iter().filter(|isa| isa.is_available())
     }
 
     /// Whether this CPU can run kernels of this instruction set.
@@ -54,11 +62,29 @@ impl Isa {
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vnni")
             }
+            Isa::Neon | Isa::NeonDot | Isa::NeonI8mm => false,
         }
     }
 
     /// Whether this CPU can run kernels of this instruction set.
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    pub fn is_available(self) -> bool {
+        use std::arch::is_aarch64_feature_detected as detected;
+        // Miri has no vector instructions, whatever the CPU.
+        let vectors = !cfg!(miri);
+        match self {
+            Isa::Scalar => true,
+            Isa::Avx2 | Isa::Avx512 => false,
+            Isa::Neon => vectors && detected!("neon"),
+            Isa::NeonDot => vectors && detected!("neon") && detected!("dotprod"),
+            Isa::NeonI8mm => {
+                vectors && detected!("neon") && detected!("dotprod") && detected!("i8mm")
+            }
+        }
+    }
+
+    /// Whether this CPU can run kernels of this instruction set.
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     pub fn is_available(self) -> bool {
         self == Isa::Scalar
     }
@@ -75,6 +101,9 @@ impl fmt::Display for Isa {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Neon => "neon",
+            Isa::NeonDot => "neon-dot",
+            Isa::NeonI8mm => "neon-i8mm",
         })
     }
 }

@@ -10,7 +10,7 @@
 //! multiply-add. So the bits of an output do not depend on how many tokens are in the call, on
 //! their order, on the number of threads, nor on the instruction set.
 
-// What only vector kernels use is idle where there are none.
+// What only the kernels of x86-64 use is idle elsewhere.
 #![cfg_attr(not(target_arch = "x86_64"), allow(dead_code, unused_imports, unused_macros))]
 
 mod activations;
@@ -25,6 +25,8 @@ pub use matrix::{Matrix, PackError};
 pub(crate) use activations::{DIRECT_TOKENS, QuantBlock, SMALLEST, TILE};
 pub(crate) use layout::{Bits, Layout, PANEL, STEP, Shape, with_shape};
 
+#[cfg(target_arch = "aarch64")]
+use crate::arch::neon;
 #[cfg(target_arch = "x86_64")]
 use crate::arch::{avx2, avx512};
 use crate::format::Format;
@@ -133,6 +135,16 @@ impl Job<'_> {
             (Isa::Avx2, None) => {
                 // SAFETY: as above.
                 unsafe { avx2::floats(w.format(), bytes, x, &out) }
+            }
+            #[cfg(target_arch = "aarch64")]
+            (isa @ (Isa::Neon | Isa::NeonDot | Isa::NeonI8mm), Some(_)) => {
+                // SAFETY: as above.
+                with_shape!(w.format(), S => unsafe { neon::quantized::<S>(isa, bytes, x, &out) })
+            }
+            #[cfg(target_arch = "aarch64")]
+            (Isa::Neon | Isa::NeonDot | Isa::NeonI8mm, None) => {
+                // SAFETY: as above.
+                unsafe { neon::floats(w.format(), bytes, x, &out) }
             }
             (_, Some(layout)) => scalar::quantized(layout, bytes, x, &out),
             (_, None) => scalar::floats(w.format(), bytes, x, &out),

@@ -16,7 +16,7 @@ pub struct Peaks {
     pub memory_bytes_per_second: f64,
     /// f32 operations per second; a fused multiply-add is two.
     pub f32_flops: f64,
-    /// int8 operations per second; a multiply-add is two. `None` without VNNI.
+    /// int8 operations per second; a multiply-add is two. `None` without dot products of bytes.
     pub int8_ops: Option<f64>,
 }
 
@@ -28,7 +28,7 @@ pub fn measure(pool: &ThreadPool, isa: Isa, budget: Duration) -> Peaks {
     Peaks {
         memory_bytes_per_second: memory(pool, share),
         f32_flops: arithmetic(pool, share, &fma),
-        int8_ops: (isa == Isa::Avx512).then(|| arithmetic(pool, share, &dot)),
+        int8_ops: has_dots(isa).then(|| arithmetic(pool, share, &dot)),
     }
 }
 
@@ -74,6 +74,11 @@ fn best(budget: Duration, mut call: impl FnMut()) -> f64 {
     best
 }
 
+/// Whether the CPU adds dots of bytes to 32-bit sums in one instruction.
+fn has_dots(isa: Isa) -> bool {
+    matches!(isa, Isa::Avx512 | Isa::NeonDot | Isa::NeonI8mm)
+}
+
 fn flops_in_registers(isa: Isa, rounds: u64) -> u64 {
     isa.assert_available();
     #[cfg(target_arch = "x86_64")]
@@ -82,7 +87,12 @@ fn flops_in_registers(isa: Isa, rounds: u64) -> u64 {
         Isa::Avx512 => return unsafe { x86::fma_512(rounds) },
         // SAFETY: asserted above.
         Isa::Avx2 => return unsafe { x86::fma_256(rounds) },
-        Isa::Scalar => {}
+        _ => {}
+    }
+    #[cfg(target_arch = "aarch64")]
+    if isa >= Isa::Neon {
+        // SAFETY: asserted above.
+        return unsafe { crate::arch::neon::fma_rounds(rounds) };
     }
     let mut acc = [1.0_f32; 8];
     for _ in 0..rounds {
@@ -100,6 +110,11 @@ fn ops_in_registers(isa: Isa, rounds: u64) -> u64 {
     if isa == Isa::Avx512 {
         // SAFETY: asserted above.
         return unsafe { x86::dot_512(rounds) };
+    }
+    #[cfg(target_arch = "aarch64")]
+    if has_dots(isa) {
+        // SAFETY: asserted above.
+        return unsafe { crate::arch::neon::dot_rounds(isa, rounds) };
     }
     rounds
 }
@@ -169,6 +184,8 @@ mod tests {
         for isa in Isa::available() {
             let run = |rounds: u64| flops_in_registers(isa, rounds);
             assert!(arithmetic(&pool, Duration::ZERO, &run) > 0.0, "{isa}");
+            let run = |rounds: u64| ops_in_registers(isa, rounds);
+            assert!(!has_dots(isa) || arithmetic(&pool, Duration::ZERO, &run) > 0.0, "{isa}");
         }
         assert!(memory(&pool, Duration::ZERO) > 0.0);
     }

@@ -9,11 +9,15 @@
 //! Methods are `inline(always)` so that they take the target features of the function that
 //! [`dispatch!`] makes around the generic code.
 
+#[cfg(target_arch = "aarch64")]
+mod neon;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
 use crate::float;
 
+#[cfg(target_arch = "aarch64")]
+pub(crate) use neon::NeonLanes;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use x86::{Avx2Lanes, Avx512Lanes};
 
@@ -26,7 +30,8 @@ pub(crate) const LANES: usize = 16;
 /// Every method may only be called on a CPU that has the features of the implementation. Methods with
 /// pointers ask in addition that all elements they name can be read or written; no alignment is asked.
 pub(crate) trait Lanes: Copy {
-    /// Query rows that attention takes at once: 8 with 32 registers, 4 with 16 halves, else 1.
+    /// Query rows that attention takes at once: 8 with 32 registers, 4 with 16 halves or 32
+    /// quarters, else 1.
     const ROWS: usize;
 
     unsafe fn splat(x: f32) -> Self;
@@ -154,7 +159,17 @@ pub(crate) fn prefetch(place: &u8) {
         // SAFETY: a hint that changes no value and cannot fault; SSE is part of x86_64.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(place).cast()) };
     }
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: a hint that changes no value and cannot fault.
+    unsafe {
+        let place = std::ptr::from_ref(place);
+        std::arch::asm!(
+            "prfm pldl2keep, [{place}]",
+            place = in(reg) place,
+            options(nostack, preserves_flags, readonly)
+        );
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let _ = place;
 }
 
@@ -310,7 +325,25 @@ macro_rules! dispatch {
                 _ => $function::<ScalarLanes>($($arg),*),
             }
         }
-        #[cfg(not(target_arch = "x86_64"))]
+        #[cfg(target_arch = "aarch64")]
+        {
+            use $crate::simd::{NeonLanes, ScalarLanes};
+
+            #[target_feature(enable = "neon")]
+            unsafe fn neon($($arg: $type),*) $(-> $ret)? {
+                // SAFETY: passed on to the caller, who has seen this feature.
+                unsafe { $function::<NeonLanes>($($arg),*) }
+            }
+
+            // `Isa` can be named without having been detected.
+            match $isa.min($crate::isa::Isa::detect()) {
+                $crate::isa::Isa::Scalar
+                | $crate::isa::Isa::Avx2
+                | $crate::isa::Isa::Avx512 => $function::<ScalarLanes>($($arg),*),
+                _ => neon($($arg),*),
+            }
+        }
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
         {
             let _ = $isa;
             $function::<$crate::simd::ScalarLanes>($($arg),*)

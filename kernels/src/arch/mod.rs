@@ -7,6 +7,8 @@ pub(crate) mod avx2;
 pub(crate) mod avx512;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod f16c;
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon;
 
 /// Signed levels as bytes with their zero at 128.
 #[cfg(target_arch = "x86_64")]

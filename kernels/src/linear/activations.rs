@@ -113,6 +113,11 @@ impl Activations {
                     #[cfg(target_arch = "x86_64")]
                     // SAFETY: as above.
                     Isa::Avx2 => unsafe { crate::arch::avx2::quantize_row(values, blocks) },
+                    #[cfg(target_arch = "aarch64")]
+                    // SAFETY: the CPU was asserted to have the instruction set.
+                    Isa::Neon | Isa::NeonDot | Isa::NeonI8mm => unsafe {
+                        crate::arch::neon::quantize_row(values, blocks)
+                    },
                     _ => quantize_row(values, blocks),
                 }
             }
