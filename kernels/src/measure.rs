@@ -16,7 +16,8 @@ pub struct Peaks {
     pub memory_bytes_per_second: f64,
     /// f32 operations per second; a fused multiply-add is two.
     pub f32_flops: f64,
-    /// int8 operations per second; a multiply-add is two. `None` without dot products of bytes.
+    /// int8 operations per second; a multiply-add is two. With AVX2 those that add pairs of products
+    /// in 16 bits, which weights of eight bits cannot reach. `None` where nothing multiplies bytes.
     pub int8_ops: Option<f64>,
 }
 
@@ -74,9 +75,9 @@ fn best(budget: Duration, mut call: impl FnMut()) -> f64 {
     best
 }
 
-/// Whether the CPU adds dots of bytes to 32-bit sums in one instruction.
+/// Whether kernels multiply bytes, and not what they are widened to.
 fn has_dots(isa: Isa) -> bool {
-    matches!(isa, Isa::Avx512 | Isa::NeonDot | Isa::NeonI8mm)
+    matches!(isa, Isa::Avx2 | Isa::Avx512 | Isa::NeonDot | Isa::NeonI8mm)
 }
 
 fn flops_in_registers(isa: Isa, rounds: u64) -> u64 {
@@ -107,9 +108,12 @@ fn flops_in_registers(isa: Isa, rounds: u64) -> u64 {
 fn ops_in_registers(isa: Isa, rounds: u64) -> u64 {
     isa.assert_available();
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Avx512 {
+    match isa {
         // SAFETY: asserted above.
-        return unsafe { x86::dot_512(rounds) };
+        Isa::Avx512 => return unsafe { x86::dot_512(rounds) },
+        // SAFETY: asserted above.
+        Isa::Avx2 => return unsafe { x86::dot_256(rounds) },
+        _ => {}
     }
     #[cfg(target_arch = "aarch64")]
     if has_dots(isa) {
@@ -153,6 +157,21 @@ mod x86 {
         }
         black_box(acc);
         12 * 8 * 2
+    }
+
+    // SAFETY: callers prove AVX2.
+    #[target_feature(enable = "avx2")]
+    pub unsafe fn dot_256(rounds: u64) -> u64 {
+        let (a, b) = (_mm256_set1_epi8(black_box(3)), _mm256_set1_epi8(black_box(-5)));
+        let mut acc = [a; 8];
+        for _ in 0..rounds {
+            for chain in &mut acc {
+                // The chain goes through the product, or the compiler would compute it once.
+                *chain = _mm256_add_epi16(_mm256_maddubs_epi16(*chain, b), a);
+            }
+        }
+        black_box(acc);
+        8 * 32 * 2
     }
 
     // SAFETY: callers prove AVX-512 VNNI.
