@@ -14,6 +14,7 @@ use kernels::isa::Isa;
 use scheduler::BatcherConfig;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// What `--model` names.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -120,6 +121,8 @@ pub fn load(
         config.tokens_per_step_max = tokens;
         config.sequences_max = config.sequences_max.min(tokens);
     }
+    let step_time_ms = args.step_time_ms.unwrap_or(STEP_TIME_MS);
+    config.step_time_target = (step_time_ms > 0).then(|| Duration::from_millis(step_time_ms));
     let hidden = executor.decoder().config().hidden;
     let fingerprint: String = digest[..8].iter().map(|b| format!("{b:02x}")).collect();
     let replica = Replica::new(executor, tokenizer, config, secret)?;
@@ -269,6 +272,8 @@ pub fn isa(name: IsaName) -> Isa {
 static DEMO: &[u8] = include_bytes!("../../assets/demo.gguf");
 /// Full contexts that the default KV memory has room for.
 const KV_SEQUENCES: usize = 16;
+/// Long enough that reading the weights once more is little beside it, short enough to read on.
+const STEP_TIME_MS: u64 = 150;
 const KV_BYTES_WITHOUT_KNOWLEDGE: usize = 1 << 30;
 const THREADS_MAX: usize = 1024;
 

@@ -48,6 +48,7 @@ struct Config {
     quant: Option<String>,
     context: Option<usize>,
     step_tokens: Option<usize>,
+    step_time_ms: Option<u64>,
 }
 
 /// A node to start.
@@ -239,6 +240,7 @@ fn settings(args: UpArgs) -> anyhow::Result<(Served, MeshArgs, EngineArgs)> {
         quant: args.engine.quant.or(value_of::<QuantType>("quant", config.quant)?),
         context: args.engine.context.or(config.context),
         step_tokens: args.engine.step_tokens.or(config.step_tokens),
+        step_time_ms: args.engine.step_time_ms.or(config.step_time_ms),
         step_pause_ms: args.engine.step_pause_ms,
         isa: args.engine.isa,
     };
