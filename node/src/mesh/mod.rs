@@ -25,6 +25,7 @@ mod reach;
 mod roster;
 mod rpc;
 mod running;
+mod runtime;
 mod samples;
 mod store;
 mod tls;

@@ -22,6 +22,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::limits::{MeshCounters, MeshLimits};
+use super::runtime::Runtime;
 use super::tls::{self, Tls};
 use super::udp::Socket;
 
@@ -381,7 +382,7 @@ fn quinn_endpoint(
 ) -> std::io::Result<quinn::Endpoint> {
     let config = quinn::EndpointConfig::default();
     let socket = Arc::new(Socket::new(socket)?);
-    let runtime = Arc::new(quinn::TokioRuntime);
+    let runtime = Arc::new(Runtime);
     quinn::Endpoint::new_with_abstract_socket(config, server, socket, runtime)
 }
 
@@ -424,9 +425,9 @@ const DATAGRAM_BUFFER_BYTES: usize = 256 << 10;
 /// Too small: packets are sent twice on long paths. Too large: lossy paths fail.
 const INITIAL_RTT: Duration = Duration::from_millis(100);
 /// Packets that the other side may take without acknowledging them at once; then after 25 ms at the
-/// latest. Too small: streams of tokens pay a packet back for each second token, before they pass it on.
+/// latest. Too small: streams of tokens pay a packet back for some tokens, before they pass these on.
 /// Too large: whoever may send only a few packets at first (ten, RFC 9002) waits for those 25 ms.
-const PACKETS_WITHOUT_ACK_MAX: u32 = 4;
+const PACKETS_WITHOUT_ACK_MAX: u32 = 8;
 /// Connections of the overlay that wait for it; more are closed and their diallers come again.
 const OVERLAY_LINKS_MAX: usize = 64;
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
