@@ -5,6 +5,7 @@
 //! Refuses: IO, clocks, threads, ambient randomness and policy.
 
 pub mod backup;
+pub mod carry;
 pub mod directory;
 pub mod forward;
 pub mod frame;

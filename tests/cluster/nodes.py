@@ -145,6 +145,11 @@ class Node:
         sums = re.findall(r'^grapevine_sequences\{[^}]*state="running"\} (\d+)', self.get("/metrics"), re.M)
         return sum(map(int, sums))
 
+    def metric(self, name: str) -> float:
+        """The sum of a metric's values."""
+        values = re.findall(rf"^{name}(?:\{{[^}}]*\}})? (\S+)$", self.get("/metrics"), re.M)
+        return sum(map(float, values))
+
     def connect(self, timeout: float) -> http.client.HTTPConnection:
         """A connection to the API, made in the node's network namespace."""
         connection = http.client.HTTPConnection(*self.api, timeout=timeout)

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use protocol::NodeId;
+use protocol::carry::{self, Carrying, Parcel};
 use protocol::frame::{Frame, Kind};
 use protocol::identity::greeting::{GreetingError, GreetingOutput};
 use protocol::identity::join::{Contact, Refusal};
@@ -16,6 +17,7 @@ use protocol::identity::{Attempts, AttemptsConfig, Certificate, InviteId, Signed
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::carried::is_carried;
 use super::exchange::{self, Answered, Exchange};
 use super::frames::{DataStream, FrameRate, FrameReader, FrameStream, FrameWriter};
 use super::identity::{Identity, Standing};
@@ -45,6 +47,8 @@ pub enum CloseCode {
 pub enum PeerEvent {
     /// A member is connected.
     Connected { node: NodeId, certificate: Box<Certificate>, address: std::net::SocketAddr },
+    /// How packets travel on its newest connection.
+    Path { node: NodeId, carried: bool },
     /// Its last connection is gone.
     Disconnected { node: NodeId },
 }
@@ -81,6 +85,8 @@ pub(super) struct Connections {
     pub tasks: TaskTracker,
     /// Something about authorities, revocations or tokens is new and others must hear of it.
     pub news: tokio::sync::Notify,
+    /// For whom this node carries packets.
+    pub carrying: Mutex<Carrying>,
     start: Instant,
     handshakes: AtomicUsize,
     table: Mutex<Table>,
@@ -127,9 +133,11 @@ impl Connections {
             by_address: Attempts::new(config),
             by_token: Attempts::new(config),
         };
+        let carrying = Mutex::new(Carrying::new(limits.carry));
         Arc::new(Connections {
             identity,
             endpoint,
+            carrying,
             limits,
             counters,
             service,
@@ -164,8 +172,13 @@ impl Connections {
                     Ok(link) if link.plane() == Plane::Data => this.clone().receive(link).await,
                     other => {
                         this.handshakes.fetch_sub(1, Ordering::Relaxed);
-                        if let Ok(link) = other {
-                            this.endpoint.hand_over(link);
+                        match other {
+                            // The overlay has ways of its own.
+                            Ok(link) if is_carried(link.address()) => {
+                                link.close(CloseCode::NotAdmitted as u32, "not over a carrier");
+                            }
+                            Ok(link) => this.endpoint.hand_over(link),
+                            Err(_) => {}
                         }
                     }
                 }
@@ -406,6 +419,8 @@ impl Connections {
             let (certificate, address) = (Box::new(certificate), link.address());
             self.service.event(PeerEvent::Connected { node, certificate, address });
         }
+        self.retire_carried(&connection);
+        self.service.event(PeerEvent::Path { node, carried: !self.is_direct(node) });
         connection
     }
 
@@ -433,7 +448,10 @@ impl Connections {
                 }
                 datagram = connection.link.datagram() => {
                     let Ok(datagram) = datagram else { break };
-                    self.service.datagram(node, datagram);
+                    match Parcel::is_one(&datagram) {
+                        true => self.parcel(&connection, &datagram),
+                        false => self.service.datagram(node, datagram),
+                    }
                 }
             }
         }
@@ -449,6 +467,9 @@ impl Connections {
             table.peers.remove(&node);
         }
         drop(table);
+        if !self.is_direct(node) {
+            self.carrier_gone(node);
+        }
         if gone {
             self.service.event(PeerEvent::Disconnected { node });
         }
@@ -458,7 +479,10 @@ impl Connections {
     async fn remember(self: &Arc<Self>, connection: &Connection) {
         let (node, address) = (connection.link.peer(), connection.link.address());
         let identity = self.identity.clone();
-        if let Err(error) = blocking(move || identity.learn_contact(node, address)).await {
+        // A way over a carrier is an address to this process only.
+        if !is_carried(address)
+            && let Err(error) = blocking(move || identity.learn_contact(node, address)).await
+        {
             tracing::warn!(%error, "the address of a member cannot be stored");
         }
         let Some(Standing { trust, .. }) = self.identity.standing() else { return };
@@ -518,6 +542,7 @@ impl Connections {
                 stream.reply(request.body).await.map_err(Some)
             }
             TRUST => self.trust(call).await.map_err(Some),
+            carry::METHOD => self.asked_to_carry(call).await.map_err(Some),
             _ => match self.service.call(call) {
                 Ok(handling) => {
                     handling.await;
@@ -603,15 +628,25 @@ impl Connections {
         }
     }
 
-    fn every(&self) -> Vec<Arc<Connection>> {
+    pub fn every(&self) -> Vec<Arc<Connection>> {
         self.lock().peers.values().flatten().cloned().collect()
     }
 
-    /// The newest connection to a member.
+    /// Every connection to a member.
+    pub fn of(&self, node: NodeId) -> Vec<Arc<Connection>> {
+        self.lock().peers.get(&node).cloned().unwrap_or_default()
+    }
+
+    /// The newest connection to a member, without a carrier if there is one.
     pub fn to(&self, node: NodeId) -> Option<Arc<Connection>> {
         let table = self.lock();
-        let of_peer = table.peers.get(&node)?;
-        of_peer.iter().rev().find(|c| !c.link.is_closed()).cloned()
+        let open = table.peers.get(&node)?.iter().filter(|c| !c.link.is_closed());
+        open.max_by_key(|c| !is_carried(c.link.address())).cloned()
+    }
+
+    /// The newest connection to a member that nobody carries.
+    pub fn direct(&self, node: NodeId) -> Option<Arc<Connection>> {
+        self.to(node).filter(|c| !is_carried(c.link.address()))
     }
 
     /// One connection of each member.
@@ -671,7 +706,7 @@ impl Connections {
         Ok(FrameWriter::new(stream.map_err(|_| CallError::NotConnected(node))?))
     }
 
-    fn now(&self) -> protocol::Instant {
+    pub fn now(&self) -> protocol::Instant {
         protocol::Instant::ORIGIN + self.start.elapsed()
     }
 

@@ -211,7 +211,7 @@ async fn peers(State(Control { roster, .. }): State<Control>) -> Answer {
 }
 
 fn peer(line: &PeerLine) -> Value {
-    let PeerLine { member, record, record_age, own, connected, overlay } = line;
+    let PeerLine { member, record, record_age, own, connected, carried, overlay } = line;
     let record = record.as_ref();
     let state = match member.state {
         MemberState::Alive => "alive",
@@ -249,6 +249,7 @@ fn peer(line: &PeerLine) -> Value {
         "int8_ops_per_s": record.map(|r| r.int8_ops_per_s),
         "models": record.map(|r| r.replicas.iter().map(replica).collect::<Vec<_>>()),
         "connected": connected,
+        "carried": carried,
         "overlay": overlay.map(|path| match path {
             Path::Direct => "direct",
             Path::Relayed => "relayed",

@@ -13,6 +13,7 @@ use protocol::NodeId;
 use tokio::net::UdpSocket;
 
 use super::Roster;
+use super::carried::is_carried;
 use super::connections::CloseCode;
 use super::rpc::ECHO;
 
@@ -23,7 +24,8 @@ impl Roster {
         self.check(node);
         let Some(mesh) = self.mesh() else { return };
         let Some(link) = mesh.link(node) else { return };
-        if !is_refused(link.address()).await {
+        // Of a node behind a carrier, nobody but its own silence tells.
+        if is_carried(link.address()) || !is_refused(link.address()).await {
             return;
         }
         let within = ANSWER_MIN + (link.rtt() * 3).min(ANSWER_OF_RTT_MAX);

@@ -3,6 +3,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use protocol::carry::CarryConfig;
+
 /// Bounds towards other nodes. Each names what happens at it.
 #[derive(Clone, Debug)]
 pub struct MeshLimits {
@@ -41,6 +43,8 @@ pub struct MeshLimits {
     pub faults_max: u32,
     /// Time for which a peer that was cut off is not let in again.
     pub ban: Duration,
+    /// For how many and how much this node carries; see [`CarryConfig`].
+    pub carry: CarryConfig,
     /// Attempts to join from one address at once, and the time for one more.
     pub join_burst: u32,
     pub join_refill: Duration,
@@ -62,6 +66,7 @@ impl Default for MeshLimits {
             dial_backoff: (Duration::from_millis(500), Duration::from_secs(60)),
             faults_max: 16,
             ban: Duration::from_secs(60),
+            carry: CarryConfig::default(),
             join_burst: 16,
             join_refill: Duration::from_secs(6),
         }
@@ -117,6 +122,10 @@ counters! {
     dials_failed: "dials_failed",
     /// Datagrams that were dropped because the peer takes none so large or so fast.
     datagrams_dropped: "datagrams_dropped",
+    /// Datagrams that were carried for two other members.
+    carried: "datagrams_carried",
+    /// Those that were not, and own ones that found no room at their carrier's connection.
+    not_carried: "datagrams_not_carried",
 }
 
 impl MeshCounters {

@@ -71,6 +71,7 @@ enum Absence {
 enum Command {
     Datagram { from: NodeId, bytes: Bytes },
     Check(NodeId),
+    Path { node: NodeId, relayed: bool },
     View(oneshot::Sender<(Vec<MemberLine>, MembershipStats)>),
     Leave(oneshot::Sender<()>),
 }
@@ -109,6 +110,11 @@ impl Members {
     /// The path to a node is broken: membership looks at it now.
     pub fn check(&self, node: NodeId) {
         let _ = self.inbox.try_send(Command::Check(node));
+    }
+
+    /// How packets to a node travel.
+    pub fn path(&self, node: NodeId, relayed: bool) {
+        let _ = self.inbox.try_send(Command::Path { node, relayed });
     }
 
     /// Everyone, and the counters; empty if the thread is too busy to say.
@@ -187,6 +193,7 @@ impl Shell {
                     MembershipInput::Datagram { from, bytes: bytes.to_vec() }
                 }
                 Ok(Command::Check(node)) => MembershipInput::Check { node },
+                Ok(Command::Path { node, relayed }) => MembershipInput::Path { node, relayed },
                 Ok(Command::View(reply)) => {
                     let _ = reply.send(self.view(now()));
                     continue;

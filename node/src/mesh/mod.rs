@@ -7,6 +7,8 @@
 
 mod answer;
 mod apis;
+mod carried;
+mod carrier;
 mod connections;
 mod control;
 mod copies;

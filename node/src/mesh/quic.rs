@@ -21,6 +21,7 @@ use thiserror::Error;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use super::carried::{Carried, Leaving};
 use super::limits::{MeshCounters, MeshLimits};
 use super::runtime::Runtime;
 use super::tls::{self, Tls};
@@ -38,6 +39,9 @@ pub struct Endpoint {
     overlay_client: quinn::ClientConfig,
     /// Who takes connections of the overlay; without one they are closed.
     overlay: Arc<Mutex<Option<mpsc::Sender<Link>>>>,
+    carried: Arc<Carried>,
+    /// What leaves by carriers, until somebody takes it.
+    leaving: Arc<Mutex<Option<mpsc::Receiver<Leaving>>>>,
     closed: CancellationToken,
     limits: Arc<MeshLimits>,
     counters: Arc<MeshCounters>,
@@ -101,7 +105,11 @@ impl Endpoint {
         };
         let socket = UdpSocket::bind(address).map_err(listen)?;
         let again = socket.try_clone().map_err(listen)?;
-        let mut quinn = quinn_endpoint(socket, Some(server)).map_err(listen)?;
+        let is_ipv6 = socket.local_addr().map_err(listen)?.is_ipv6();
+        let (carried, leaving) = Carried::new(is_ipv6);
+        let carried = Arc::new(carried);
+        let both = Socket::new(socket).map_err(listen)?.with_carried(carried.clone());
+        let mut quinn = quinn_endpoint(both, Some(server)).map_err(listen)?;
         quinn.set_default_client_config(client(client_tls)?);
         Ok(Endpoint {
             quinn,
@@ -109,6 +117,8 @@ impl Endpoint {
             key: Arc::new(key.clone()),
             overlay_client: client(overlay)?,
             overlay: Arc::default(),
+            carried,
+            leaving: Arc::new(Mutex::new(Some(leaving))),
             closed: CancellationToken::new(),
             limits,
             counters,
@@ -123,6 +133,16 @@ impl Endpoint {
     /// The key whose possession it proves.
     pub(super) fn key(&self) -> &NodeKey {
         &self.key
+    }
+
+    /// Ways over carriers, which are addresses to this endpoint.
+    pub(super) fn carried(&self) -> &Carried {
+        &self.carried
+    }
+
+    /// What leaves by carriers, for the first who asks.
+    pub(super) fn leaving(&self) -> Option<mpsc::Receiver<Leaving>> {
+        self.leaving.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// Cancelled when it is closed.
@@ -165,6 +185,7 @@ impl Endpoint {
             true => {
                 let any = SocketAddr::new(self.address()?.ip(), 0);
                 let socket = UdpSocket::bind(any).map_err(|e| failed(&e))?;
+                let socket = Socket::new(socket).map_err(|e| failed(&e))?;
                 quinn_endpoint(socket, None).map_err(|e| failed(&e))?
             }
         };
@@ -352,6 +373,18 @@ impl Link {
         bytes.len() <= room && self.connection.send_datagram(bytes).is_ok()
     }
 
+    /// Bytes that fit into one datagram; `None` if the peer takes none.
+    pub(super) fn datagram_room(&self) -> Option<usize> {
+        self.connection.max_datagram_size()
+    }
+
+    /// As [`send_datagram`](Self::send_datagram), but leaves half of the room to others.
+    pub(super) fn send_bulk(&self, bytes: Bytes) -> bool {
+        let room = self.connection.datagram_send_buffer_space();
+        bytes.len() + DATAGRAM_BUFFER_BYTES / 2 <= room
+            && self.connection.send_datagram(bytes).is_ok()
+    }
+
     /// Lets the peer open streams, once it is admitted.
     pub(super) fn allow_streams(&self, streams: u32) {
         self.connection.set_max_concurrent_bi_streams(VarInt::from_u32(streams));
@@ -377,13 +410,11 @@ impl Link {
 }
 
 fn quinn_endpoint(
-    socket: UdpSocket,
+    socket: Socket,
     server: Option<quinn::ServerConfig>,
 ) -> std::io::Result<quinn::Endpoint> {
     let config = quinn::EndpointConfig::default();
-    let socket = Arc::new(Socket::new(socket)?);
-    let runtime = Arc::new(Runtime);
-    quinn::Endpoint::new_with_abstract_socket(config, server, socket, runtime)
+    quinn::Endpoint::new_with_abstract_socket(config, server, Arc::new(socket), Arc::new(Runtime))
 }
 
 /// Before a peer is admitted it may open one stream, for the greeting or a join. The receive window of

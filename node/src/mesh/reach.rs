@@ -1,6 +1,7 @@
 //! The overlay beside the data plane: it is told who the members are and where they may be, and the data
 //! plane takes the ways that it opens. Where the overlay is connected directly, the data plane dials the
-//! same address and gets through the same hole: both use one socket.
+//! same address and gets through the same hole: both use one socket. Where the overlay is connected over a
+//! relay only, the data plane connects over a carrier ([`super::carrier`]).
 //!
 //! Nothing here is needed where nodes reach each other anyway. What fails here is logged and leaves the
 //! data plane as it was.
@@ -16,7 +17,7 @@ use tokio::sync::{Semaphore, mpsc};
 use super::Mesh;
 use super::overlay::{
     Address, Member, Overlay, OverlayConfig, OverlayEvent, OverlayHandle, OverlayStatus, Path,
-    StartError,
+    PeerPath, StartError,
 };
 use crate::metrics::OverlayMetrics;
 
@@ -107,38 +108,42 @@ impl Reach {
         }
     }
 
-    /// Dials whom the overlay reaches directly and the data plane does not, with a growing wait for each.
+    /// Dials whom the overlay reaches and the data plane does not, with a growing wait for each.
     fn take_ways(self: &Arc<Self>, waits: &mut BTreeMap<NodeId, (Instant, Duration)>) {
         let now = Instant::now();
-        let open: BTreeMap<NodeId, SocketAddr> = self
-            .status()
-            .peers
-            .iter()
-            .filter(|peer| peer.path == Path::Direct && self.mesh.link(peer.node).is_none())
-            .filter_map(|peer| Some((peer.node, peer.at?)))
-            .collect();
+        let way = |peer: &PeerPath| match (peer.path, peer.at) {
+            (Path::Direct, Some(at)) if !self.mesh.is_direct(peer.node) => Some(Way::At(vec![at])),
+            (Path::Relayed, _) if self.mesh.link(peer.node).is_none() => Some(Way::Carried),
+            _ => None,
+        };
+        let open: BTreeMap<NodeId, Way> =
+            self.status().peers.iter().filter_map(|peer| Some((peer.node, way(peer)?))).collect();
         waits.retain(|node, _| open.contains_key(node));
-        for (node, at) in open {
+        for (node, way) in open {
             let (due, wait) = waits.get(&node).copied().unwrap_or((now, RETRY_MIN));
-            if due <= now && self.dial(node, vec![at]) {
+            if due <= now && self.dial(node, way) {
                 waits.insert(node, (now + wait, (wait * 2).min(RETRY_MAX)));
             }
         }
     }
 
-    /// A member may be somewhere; anybody else is none of our business.
+    /// A member may be somewhere, or one that was a member when this node ran last; anybody else is none
+    /// of our business.
     fn discovered(self: &Arc<Self>, node: NodeId, addresses: &[Address]) {
         let told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        if !told.iter().any(|member| member.node == node) {
+        let is_told = told.iter().any(|member| member.node == node);
+        drop(told);
+        let is_known =
+            || self.mesh.identity().contacts(None).iter().any(|contact| contact.node == node);
+        if !is_told && !is_known() {
             return;
         }
-        drop(told);
         let direct = addresses.iter().filter(|address| !address.is_relayed());
-        self.dial(node, direct.map(Address::socket).take(ADDRESSES_MAX).collect());
+        self.dial(node, Way::At(direct.map(Address::socket).take(ADDRESSES_MAX).collect()));
     }
 
     /// Dials unless the member is connected; false if too many dials are under way.
-    fn dial(self: &Arc<Self>, node: NodeId, addresses: Vec<SocketAddr>) -> bool {
+    fn dial(self: &Arc<Self>, node: NodeId, way: Way) -> bool {
         let Ok(permit) = self.dials.clone().try_acquire_owned() else { return false };
         let mesh = self.mesh.clone();
         tokio::spawn(async move {
@@ -147,6 +152,15 @@ impl Reach {
             if mesh.node() > node {
                 tokio::time::sleep(PRECEDENCE).await;
             }
+            let addresses = match way {
+                Way::At(addresses) => addresses,
+                Way::Carried => {
+                    if let Err(why) = mesh.connect_carried(node).await {
+                        tracing::debug!(node = %node.short(), why, "nobody carries to a member");
+                    }
+                    return;
+                }
+            };
             for at in addresses {
                 match mesh.connect(at, Some(node)).await {
                     Ok(_) => return,
@@ -158,6 +172,13 @@ impl Reach {
         });
         true
     }
+}
+
+/// How the data plane may reach a member.
+enum Way {
+    At(Vec<SocketAddr>),
+    /// Over another member.
+    Carried,
 }
 
 /// Dials under way; more wait for the next look.

@@ -115,8 +115,9 @@ pub struct PeerLine {
     /// Age of the record.
     pub record_age: Option<Duration>,
     pub own: bool,
-    /// Whether the data plane is connected to it.
+    /// Whether the data plane is connected to it, and whether only over a carrier.
     pub connected: bool,
+    pub carried: bool,
     /// How the overlay is connected to it.
     pub overlay: Option<OverlayPath>,
 }
@@ -206,6 +207,7 @@ impl Roster {
             record_age: Some(Duration::ZERO),
             own: true,
             connected: false,
+            carried: false,
             overlay: None,
         }];
         let overlay = self.overlay().unwrap_or_default();
@@ -218,6 +220,8 @@ impl Roster {
                 record_age: known.map(|k| now - k.heard),
                 own: false,
                 connected: started.mesh.link(member.node).is_some(),
+                carried: started.mesh.link(member.node).is_some()
+                    && !started.mesh.is_direct(member.node),
                 overlay: path(member.node),
                 member,
             }
@@ -384,7 +388,12 @@ impl Roster {
         if let Some(reach) = reach {
             reach.want(node);
         }
-        Err(why)
+        let carried = started.mesh.connect_carried(node);
+        match tokio::time::timeout(CONNECT_CARRIED_TIMEOUT, carried).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(nobody)) => Err(format!("{why}; {nobody}")),
+            Err(_) => Err(format!("{why}; nobody carried in time")),
+        }
     }
 
     /// Membership probes the node now.
@@ -664,6 +673,7 @@ impl Service for Roster {
         let Some(started) = self.started.get() else { return };
         match event {
             PeerEvent::Connected { node, .. } => self.router().path(node, true),
+            PeerEvent::Path { node, carried } => started.members.path(node, carried),
             PeerEvent::Disconnected { node } => {
                 self.router().path(node, false);
                 started.members.check(node);
@@ -748,5 +758,7 @@ const METHOD: &str = "record";
 /// How often this node looks at itself and at who is there.
 const REFRESH: Duration = Duration::from_millis(250);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// Several members may be asked to carry.
+const CONNECT_CARRIED_TIMEOUT: Duration = Duration::from_secs(6);
 /// As [`RecordsConfig::exchange_timeout`].
 const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(2);

@@ -124,6 +124,9 @@ impl Mesh {
         let renewing = connections.identity.clone();
         blocking(move || renewing.renew_self()).await?;
         connections.tasks.spawn(connections.clone().accept_all());
+        if let Some(leaving) = connections.endpoint.leaving() {
+            connections.tasks.spawn(connections.clone().send_carried(leaving));
+        }
         connections.tasks.spawn(connections.clone().keep_up());
         connections.tasks.spawn(connections.clone().stay_connected());
         Ok(Mesh { connections, address, mdns })
@@ -182,7 +185,12 @@ impl Mesh {
         self.connections.to(to).map(|c| c.link.clone())
     }
 
-    /// Connects to a member, if it is not connected.
+    /// Whether a member is connected, and not over a carrier.
+    pub fn is_direct(&self, node: NodeId) -> bool {
+        self.connections.is_direct(node)
+    }
+
+    /// Connects to a member at an address, unless it is connected without a carrier.
     ///
     /// # Errors
     /// Why not, in words.
@@ -191,10 +199,18 @@ impl Mesh {
         address: SocketAddr,
         node: Option<NodeId>,
     ) -> Result<NodeId, String> {
-        match node.filter(|&n| self.connections.to(n).is_some()) {
+        match node.filter(|&n| self.connections.is_direct(n)) {
             Some(node) => Ok(node),
             None => self.connections.connect(address, node).await,
         }
+    }
+
+    /// Connects to a member over another one that both reach, unless it is connected.
+    ///
+    /// # Errors
+    /// Why nobody carries, in words.
+    pub async fn connect_carried(&self, node: NodeId) -> Result<(), String> {
+        self.connections.connect_carried(node).await
     }
 
     /// Sends a datagram if the member is connected and has room; never waits. Says whether it was sent.

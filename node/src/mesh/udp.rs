@@ -3,6 +3,8 @@
 //! As quinn's own for tokio, but for what counts where each packet is one token. It is woken by what
 //! arrives and not each time that a receiver takes what was sent, and it does not ask for more packets
 //! where it has just seen that there are none: two system calls and a wake-up less for each packet.
+//!
+//! Packets to and from addresses of [`super::carried`] do not pass through it but through there.
 
 use std::io::{self, IoSliceMut};
 use std::net::{SocketAddr, UdpSocket};
@@ -17,6 +19,8 @@ use quinn::{AsyncUdpSocket, UdpPoller};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use super::carried::{Carried, is_carried};
+
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Socket {
@@ -24,6 +28,7 @@ pub(super) struct Socket {
     state: UdpSocketState,
     /// A packet found no room.
     is_full: AtomicBool,
+    carried: Option<Arc<Carried>>,
 }
 
 impl Socket {
@@ -34,7 +39,28 @@ impl Socket {
         let _ = state.set_recv_buffer_size((&socket).into(), BUFFER_BYTES);
         let _ = state.set_send_buffer_size((&socket).into(), BUFFER_BYTES);
         let io = watch(socket, Interest::READABLE)?;
-        Ok(Socket { io, state, is_full: AtomicBool::new(false) })
+        Ok(Socket { io, state, is_full: AtomicBool::new(false), carried: None })
+    }
+
+    /// Also for packets that other members carry.
+    pub fn with_carried(self, carried: Arc<Carried>) -> Socket {
+        Socket { carried: Some(carried), ..self }
+    }
+
+    /// A packet that a carrier has brought.
+    fn poll_carried(
+        &self,
+        context: &mut Context<'_>,
+        buffer: &mut [u8],
+        meta: &mut RecvMeta,
+    ) -> Poll<()> {
+        let Some(carried) = &self.carried else { return Poll::Pending };
+        let (addr, packet) = ready!(carried.poll(context));
+        // What is too long is no packet that was asked for: its tag will not fit.
+        let len = packet.len().min(buffer.len());
+        buffer[..len].copy_from_slice(&packet[..len]);
+        *meta = RecvMeta { addr, len, stride: len, ecn: None, dst_ip: None };
+        Poll::Ready(())
     }
 
     /// Returns when a packet may find room.
@@ -60,6 +86,15 @@ impl AsyncUdpSocket for Socket {
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        if is_carried(transmit.destination) {
+            let size = transmit.segment_size.unwrap_or(transmit.contents.len()).max(1);
+            if let Some(carried) = &self.carried {
+                for packet in transmit.contents.chunks(size) {
+                    carried.send(transmit.destination, packet);
+                }
+            }
+            return Ok(());
+        }
         let sent = self.state.send(self.io.get_ref().into(), transmit);
         if sent.as_ref().is_err_and(would_block) {
             self.is_full.store(true, Ordering::Release);
@@ -73,10 +108,19 @@ impl AsyncUdpSocket for Socket {
         buffers: &mut [IoSliceMut<'_>],
         metas: &mut [RecvMeta],
     ) -> Poll<io::Result<usize>> {
+        if let ([buffer, ..], [meta, ..]) = (&mut *buffers, &mut *metas)
+            && self.poll_carried(context, buffer, meta).is_ready()
+        {
+            return Poll::Ready(Ok(1));
+        }
         loop {
             let mut ready = ready!(self.io.poll_read_ready(context))?;
             match self.state.recv(self.io.get_ref().into(), buffers, metas) {
                 Ok(packets) => {
+                    // Nobody on a network has an address that stands for a way over a carrier.
+                    for forged in metas[..packets].iter_mut().filter(|m| is_carried(m.addr)) {
+                        forged.len = 0;
+                    }
                     // There were no more. One that has come since then makes the socket ready again:
                     // what is cleared is only what was known before the call.
                     if packets < buffers.len() {

@@ -351,7 +351,7 @@ impl Again {
 }
 
 /// Up to `count` of them, drawn at random.
-fn some_of(mut nodes: Vec<NodeId>, count: usize) -> Vec<NodeId> {
+pub(super) fn some_of(mut nodes: Vec<NodeId>, count: usize) -> Vec<NodeId> {
     let mut drawn = Vec::new();
     while drawn.len() < count && !nodes.is_empty() {
         let at = u64::from_le_bytes(random()) as usize % nodes.len();

@@ -1,6 +1,7 @@
 //! Nodes that join each other over real QUIC on loopback, and peers that mean harm.
 
 mod between;
+mod carried;
 mod cli;
 mod hostile;
 mod joining;
