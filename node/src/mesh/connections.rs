@@ -23,7 +23,7 @@ use super::frames::{DataStream, FrameRate, FrameReader, FrameStream, FrameWriter
 use super::identity::{Identity, Standing};
 use super::limits::{MeshCounters, MeshLimits};
 use super::quic::{Endpoint, Link, Plane};
-use super::rpc::{CODE_METHOD, Call, CallStream, ECHO, Request, TRUST};
+use super::rpc::{CODE_METHOD, Call, CallStream, ECHO, Request, TRUST, TRUST_DIGEST};
 
 /// Why a connection is closed, as the peer sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -542,6 +542,7 @@ impl Connections {
                 stream.reply(request.body).await.map_err(Some)
             }
             TRUST => self.trust(call).await.map_err(Some),
+            TRUST_DIGEST => self.compare_trust(connection.certificate(), call).await.map_err(Some),
             carry::METHOD => self.asked_to_carry(call).await.map_err(Some),
             _ => match self.service.call(call) {
                 Ok(handling) => {

@@ -15,7 +15,9 @@ use protocol::NodeId;
 use protocol::identity::NodeKey;
 use protocol::identity::join::{ChannelBinding, EXPORTER_LABEL};
 use quinn::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
-use quinn::{AckFrequencyConfig, IdleTimeout, TransportConfig, VarInt};
+use quinn::{
+    AckFrequencyConfig, ConnectionId, ConnectionIdGenerator, IdleTimeout, TransportConfig, VarInt,
+};
 use rustls::pki_types::CertificateDer;
 use thiserror::Error;
 use tokio::sync::mpsc;
@@ -23,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::carried::{Carried, Leaving};
 use super::limits::{MeshCounters, MeshLimits};
+use super::random;
 use super::runtime::Runtime;
 use super::tls::{self, Tls};
 use super::udp::Socket;
@@ -409,11 +412,29 @@ impl Link {
     }
 }
 
+/// Random names of connections, shorter than quinn's own.
+struct ConnectionIds;
+
+impl ConnectionIdGenerator for ConnectionIds {
+    fn generate_cid(&mut self) -> ConnectionId {
+        ConnectionId::new(&random::<CONNECTION_ID_BYTES>())
+    }
+
+    fn cid_len(&self) -> usize {
+        CONNECTION_ID_BYTES
+    }
+
+    fn cid_lifetime(&self) -> Option<Duration> {
+        None
+    }
+}
+
 fn quinn_endpoint(
     socket: Socket,
     server: Option<quinn::ServerConfig>,
 ) -> std::io::Result<quinn::Endpoint> {
-    let config = quinn::EndpointConfig::default();
+    let mut config = quinn::EndpointConfig::default();
+    config.cid_generator(|| Box::new(ConnectionIds));
     quinn::Endpoint::new_with_abstract_socket(config, server, Arc::new(socket), Arc::new(Runtime))
 }
 
@@ -455,6 +476,9 @@ const DATAGRAM_BUFFER_BYTES: usize = 256 << 10;
 /// again, then twice that, and so on. RFC 9002 has 333 ms, with which a few lost packets end a handshake.
 /// Too small: packets are sent twice on long paths. Too large: lossy paths fail.
 const INITIAL_RTT: Duration = Duration::from_millis(100);
+/// Names a connection in every packet. Too small: they run out, or a late packet of an old connection meets a
+/// new one (which does not understand it). Too large: each packet of an idle mesh pays.
+const CONNECTION_ID_BYTES: usize = 4;
 /// Packets that the other side may take without acknowledging them at once; then after 25 ms at the
 /// latest. Too small: streams of tokens pay a packet back for some tokens, before they pass these on.
 /// Too large: whoever may send only a few packets at first (ten, RFC 9002) waits for those 25 ms.

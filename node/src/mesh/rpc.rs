@@ -19,6 +19,9 @@ use super::frames::{FrameRate, FrameReader, FrameWriter, StreamError};
 /// Method: authority sets, revocations and uses of tokens that the caller knows.
 pub(crate) const TRUST: &str = "trust";
 
+/// Method: whether the callee knows all that [`TRUST`] would say, by a digest of it. The reply is empty if so.
+pub(crate) const TRUST_DIGEST: &str = "trust?";
+
 /// Method: the body comes back. For measuring and for tests.
 pub const ECHO: &str = "echo";
 

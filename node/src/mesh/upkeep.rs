@@ -17,7 +17,7 @@ use super::exchange::{self, Asked};
 use super::identity::Standing;
 use super::limits::MeshCounters;
 use super::random;
-use super::rpc::{CODE_FAILED, Call, CallError, Heard, Request, TRUST};
+use super::rpc::{CODE_FAILED, Call, CallError, Heard, Request, TRUST, TRUST_DIGEST};
 
 /// What members tell each other when something is new, and now and then one of them at random.
 #[derive(Encode, Decode)]
@@ -73,6 +73,45 @@ impl Connections {
                 stream.reply(Vec::new()).await
             }
             Err(error) => stream.refuse(CODE_FAILED, &error.to_string()).await,
+        }
+    }
+
+    /// Answers [`TRUST_DIGEST`]; `certificate` is the caller's as it is known here.
+    pub(super) async fn compare_trust(
+        self: &Arc<Self>,
+        certificate: Certificate,
+        call: Call,
+    ) -> Result<(), CallError> {
+        let known = self.trust_digest(call.from, &certificate);
+        let is_same = known.is_some_and(|known| known[..] == call.request.body[..]);
+        call.stream.reply(if is_same { Vec::new() } else { vec![1] }).await
+    }
+
+    /// What this node and `node` tell each other, in short: the same at both ends if there is no news.
+    /// `certificate` is that of the one who asks.
+    fn trust_digest(&self, node: NodeId, certificate: &Certificate) -> Option<[u8; 16]> {
+        let Standing { trust, .. } = self.identity.standing()?;
+        let counts_uses = trust.is_authority(node) && trust.is_authority(self.identity.id());
+        let mut hasher = blake3::Hasher::new_derive_key("grapevine trust digest 1");
+        hasher.update(&trust.head().0);
+        hasher.update(&trust.revocations().digest());
+        hasher.update(&wire::encode(certificate));
+        if counts_uses {
+            hasher.update(&wire::encode(&self.identity.uses()));
+        }
+        hasher.finalize().as_bytes()[..16].try_into().ok()
+    }
+
+    /// Tells `node` everything unless it knows that.
+    async fn tell_if_new(self: &Arc<Self>, node: NodeId) -> Result<(), CallError> {
+        let Some(Standing { certificate, .. }) = self.identity.standing() else { return Ok(()) };
+        let Some(digest) = self.trust_digest(node, &certificate) else { return Ok(()) };
+        let request = Request::new(TRUST_DIGEST, TRUST_DEADLINE, digest.to_vec());
+        let mut stream = self.call(node, &request).await?;
+        stream.finish();
+        match stream.next(TRUST_DEADLINE).await? {
+            Heard::Reply(body) if body.is_empty() => Ok(()),
+            _ => self.tell(node).await,
         }
     }
 
@@ -137,7 +176,11 @@ impl Connections {
             for node in told {
                 let this = self.clone();
                 self.tasks.spawn(async move {
-                    if let Err(error) = this.tell(node).await {
+                    let told = match is_news || is_renewed {
+                        true => this.tell(node).await,
+                        false => this.tell_if_new(node).await,
+                    };
+                    if let Err(error) = told {
                         tracing::debug!(%error, "a member could not be told the news");
                     }
                 });
