@@ -159,7 +159,8 @@ pub(crate) fn prefetch(place: &u8) {
         // SAFETY: a hint that changes no value and cannot fault; SSE is part of x86_64.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(place).cast()) };
     }
-    #[cfg(target_arch = "aarch64")]
+    // Miri knows no assembly.
+    #[cfg(all(target_arch = "aarch64", not(miri)))]
     // SAFETY: a hint that changes no value and cannot fault.
     unsafe {
         let place = std::ptr::from_ref(place);
@@ -169,7 +170,7 @@ pub(crate) fn prefetch(place: &u8) {
             options(nostack, preserves_flags, readonly)
         );
     }
-    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    #[cfg(not(any(target_arch = "x86_64", all(target_arch = "aarch64", not(miri)))))]
     let _ = place;
 }
 

@@ -73,24 +73,18 @@ impl Dot for Base {
                     vreinterpretq_s8_s32(vdupq_laneq_s32::<3>(x)),
                 ];
                 // Two rows each.
-                let mut low = vmull_s8(vget_low_s8(codes[0]), vget_low_s8(x[0]));
-                let mut high = vmull_high_s8(codes[0], x[0]);
-                low = vmlal_s8(low, vget_low_s8(codes[1]), vget_low_s8(x[1]));
-                high = vmlal_high_s8(high, codes[1], x[1]);
+                let low = smlal(smull(codes[0], x[0]), codes[1], x[1]);
+                let high = smlal2(smull2(codes[0], x[0]), codes[1], x[1]);
                 let pairs = if four {
-                    low = vmlal_s8(low, vget_low_s8(codes[2]), vget_low_s8(x[2]));
-                    high = vmlal_high_s8(high, codes[2], x[2]);
-                    low = vmlal_s8(low, vget_low_s8(codes[3]), vget_low_s8(x[3]));
-                    high = vmlal_high_s8(high, codes[3], x[3]);
+                    let low = smlal(smlal(low, codes[2], x[2]), codes[3], x[3]);
+                    let high = smlal2(smlal2(high, codes[2], x[2]), codes[3], x[3]);
                     [vpaddlq_s16(low), vpaddlq_s16(high)]
                 } else {
-                    let mut second_low = vmull_s8(vget_low_s8(codes[2]), vget_low_s8(x[2]));
-                    let mut second_high = vmull_high_s8(codes[2], x[2]);
-                    second_low = vmlal_s8(second_low, vget_low_s8(codes[3]), vget_low_s8(x[3]));
-                    second_high = vmlal_high_s8(second_high, codes[3], x[3]);
+                    let next_low = smlal(smull(codes[2], x[2]), codes[3], x[3]);
+                    let next_high = smlal2(smull2(codes[2], x[2]), codes[3], x[3]);
                     [
-                        vpadalq_s16(vpaddlq_s16(low), second_low),
-                        vpadalq_s16(vpaddlq_s16(high), second_high),
+                        vpadalq_s16(vpaddlq_s16(low), next_low),
+                        vpadalq_s16(vpaddlq_s16(high), next_high),
                     ]
                 };
                 *dots = vaddq_s32(*dots, vpaddq_s32(pairs[0], pairs[1]));
@@ -133,7 +127,8 @@ impl Dot for Dotprod {
 /// Products of two rows with two tokens over eight columns, which take half as many instructions.
 ///
 /// Dots `2 p` and `2 p + 1` belong to the first and the last two rows, each with the tokens of
-/// these numbers: `[r0 t0, r0 t1, r1 t0, r1 t1]`. A single token has dots of four bytes.
+/// these numbers: `[r0 t0, r0 t1, r1 t0, r1 t1]`. One token or two have dots of four bytes: bringing
+/// the codes of so few into pairs of rows takes what is saved.
 pub(super) struct I8mm;
 
 impl Dot for I8mm {
@@ -144,7 +139,7 @@ impl Dot for I8mm {
     unsafe fn start<const T: usize>(offsets: [i32; T]) -> [int32x4_t; T] {
         // SAFETY: the trait's promise.
         let start = offsets.map(|offset| unsafe { vdupq_n_s32(offset) });
-        if T == 1 {
+        if T < PAIRED {
             return start;
         }
         // SAFETY: the trait's promise.
@@ -153,7 +148,7 @@ impl Dot for I8mm {
 
     #[inline(always)]
     unsafe fn inputs<const T: usize>(x: [int8x16_t; T]) -> [int8x16_t; T] {
-        if T == 1 {
+        if T < PAIRED {
             return x;
         }
         // SAFETY: the trait's promise.
@@ -176,14 +171,15 @@ impl Dot for I8mm {
         let unsigned = const { matches!(S::LAYOUT.bits, Bits::Eight) };
         // SAFETY: the trait's promise.
         unsafe {
-            if T == 1 {
-                if unsigned {
-                    dots[0] = usdot::<0>(dots[0], codes[0], x[0]);
-                    dots[0] = usdot::<1>(dots[0], codes[1], x[0]);
-                    dots[0] = usdot::<2>(dots[0], codes[2], x[0]);
-                    dots[0] = usdot::<3>(dots[0], codes[3], x[0]);
-                } else {
-                    Dotprod::add::<S, T>(codes, x, dots);
+            if T < PAIRED {
+                if !unsigned {
+                    return Dotprod::add::<S, T>(codes, x, dots);
+                }
+                for (x, dots) in x.iter().zip(dots) {
+                    *dots = usdot::<0>(*dots, codes[0], *x);
+                    *dots = usdot::<1>(*dots, codes[1], *x);
+                    *dots = usdot::<2>(*dots, codes[2], *x);
+                    *dots = usdot::<3>(*dots, codes[3], *x);
                 }
                 return;
             }
@@ -206,7 +202,7 @@ impl Dot for I8mm {
 
     #[inline(always)]
     unsafe fn finish<const T: usize>(dots: [int32x4_t; T]) -> [int32x4_t; T] {
-        if T == 1 {
+        if T < PAIRED {
             return dots;
         }
         // SAFETY: the trait's promise.
@@ -219,7 +215,56 @@ impl Dot for I8mm {
     }
 }
 
-// These instructions have no stable intrinsics yet.
+/// From so many tokens on, [`I8mm`] takes two at a time.
+const PAIRED: usize = 4;
+
+/// Functions for single instructions, which compute on registers only. Those on dots of bytes have
+/// no stable intrinsics yet; the others have, but the compiler takes them apart where it knows that
+/// codes have no sign.
+///
+/// # Safety
+/// The CPU has the features that the instruction asks for.
+macro_rules! instructions {
+    ($($(#[$doc:meta])* $name:ident($(mut $sum:ident: $in:ty)?) -> $out:ty: $text:literal;)*) => {$(
+        $(#[$doc])*
+        #[inline(always)]
+        pub(super) unsafe fn $name($(mut $sum: $in,)? a: int8x16_t, b: int8x16_t) -> $out {
+            instructions!(@ $($sum)?, $out, a, b, $text)
+        }
+    )*};
+    (@ $sum:ident, $out:ty, $a:ident, $b:ident, $text:literal) => {{
+        // SAFETY: nothing but registers; the CPU is the caller's promise.
+        unsafe {
+            asm!($text, sum = inout(vreg) $sum, a = in(vreg) $a, b = in(vreg) $b,
+                options(pure, nomem, nostack, preserves_flags));
+        }
+        $sum
+    }};
+    (@ , $out:ty, $a:ident, $b:ident, $text:literal) => {{
+        let sum: $out;
+        // SAFETY: as above.
+        unsafe {
+            asm!($text, sum = out(vreg) sum, a = in(vreg) $a, b = in(vreg) $b,
+                options(pure, nomem, nostack, preserves_flags));
+        }
+        sum
+    }};
+}
+
+instructions! {
+    /// Products of the first eight bytes.
+    smull() -> int16x8_t: "smull {sum:v}.8h, {a:v}.8b, {b:v}.8b";
+    /// Products of the last eight bytes.
+    smull2() -> int16x8_t: "smull2 {sum:v}.8h, {a:v}.16b, {b:v}.16b";
+    /// Adds the products of the first eight bytes.
+    smlal(mut sum: int16x8_t) -> int16x8_t: "smlal {sum:v}.8h, {a:v}.8b, {b:v}.8b";
+    /// Adds the products of the last eight bytes.
+    smlal2(mut sum: int16x8_t) -> int16x8_t: "smlal2 {sum:v}.8h, {a:v}.16b, {b:v}.16b";
+    /// Adds the 2x2 products of the halves of `a` with the halves of `b`.
+    smmla(mut sum: int32x4_t) -> int32x4_t: "smmla {sum:v}.4s, {a:v}.16b, {b:v}.16b";
+    /// `smmla` with the bytes of `a` unsigned.
+    usmmla(mut sum: int32x4_t) -> int32x4_t: "usmmla {sum:v}.4s, {a:v}.16b, {b:v}.16b";
+}
 
 /// Adds to each lane the dot of its four bytes of `a` with the four bytes of `b` in `LANE`.
 ///
@@ -253,40 +298,6 @@ unsafe fn usdot<const LANE: usize>(mut sum: int32x4_t, a: int8x16_t, b: int8x16_
         asm!(
             "usdot {sum:v}.4s, {a:v}.16b, {b:v}.4b[{lane}]",
             sum = inout(vreg) sum, a = in(vreg) a, b = in(vreg) b, lane = const LANE,
-            options(pure, nomem, nostack, preserves_flags)
-        );
-    }
-    sum
-}
-
-/// Adds the 2x2 products of the halves of `a` with the halves of `b`.
-///
-/// # Safety
-/// The CPU has `i8mm`.
-#[inline(always)]
-pub(super) unsafe fn smmla(mut sum: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
-    // SAFETY: as above.
-    unsafe {
-        asm!(
-            "smmla {sum:v}.4s, {a:v}.16b, {b:v}.16b",
-            sum = inout(vreg) sum, a = in(vreg) a, b = in(vreg) b,
-            options(pure, nomem, nostack, preserves_flags)
-        );
-    }
-    sum
-}
-
-/// [`smmla`] with the bytes of `a` unsigned.
-///
-/// # Safety
-/// The CPU has `i8mm`.
-#[inline(always)]
-unsafe fn usmmla(mut sum: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
-    // SAFETY: as above.
-    unsafe {
-        asm!(
-            "usmmla {sum:v}.4s, {a:v}.16b, {b:v}.16b",
-            sum = inout(vreg) sum, a = in(vreg) a, b = in(vreg) b,
             options(pure, nomem, nostack, preserves_flags)
         );
     }
