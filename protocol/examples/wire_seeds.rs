@@ -21,8 +21,8 @@ use protocol::membership::Addresses;
 use protocol::membership::wire::{BUCKETS, Body, Datagram, FLAG_UNKNOWN, Update, VERSION};
 use protocol::node_record::{NodeRecord, NodeRole, ReplicaRecord, ReplicaState};
 use protocol::transfer::{
-    KvAsk, KvChunk, KvCommit, KvDtype, KvEnd, KvFirstToken, KvFormat, KvProgress, KvRefusal,
-    KvStream, KvWork,
+    KvAsk, KvChunk, KvCommit, KvDtype, KvEnd, KvFirstToken, KvFormat, KvPart, KvProgress,
+    KvRefusal, KvStream, KvWork,
 };
 use protocol::{Instant, Machine, NodeId};
 
@@ -256,6 +256,7 @@ fn transfers() -> Vec<Vec<u8>> {
         first: 2,
         wanted: vec![[9; 32]; 3],
         deadline_ms: 5000,
+        streams: 4,
         work,
     };
     let prefill = KvWork::Prefill {
@@ -271,7 +272,8 @@ fn transfers() -> Vec<Vec<u8>> {
         Frame::new(Kind::KV_ACCEPT, &()),
         Frame::new(Kind::KV_REFUSAL, &KvRefusal::OtherDtype { theirs: KvDtype::Bf16 }),
         Frame::new(Kind::KV_PROGRESS, &KvProgress { ready: 300 }),
-        Frame::new(Kind::KV_STREAM, &KvStream { request: 7, attempt: 300 }),
+        Frame::new(Kind::KV_STREAM, &KvStream { request: 7, attempt: 300, parts: 4 }),
+        Frame::new(Kind::KV_PART, &KvPart { request: 7, attempt: 300, part: 3 }),
         Frame::new(Kind::KV_CHUNK, &KvChunk { first: 4, blocks: 2 }),
         Frame::new(Kind::KV_COMMIT, &KvCommit { first: 4, digests: vec![[8; 32]; 2], end }),
     ];

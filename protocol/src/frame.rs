@@ -63,6 +63,8 @@ impl Kind {
     /// Payloads that are no frames follow.
     pub const KV_CHUNK: Kind = Kind(57);
     pub const KV_COMMIT: Kind = Kind(58);
+    /// The first frame of a further stream that brings them; only payloads follow.
+    pub const KV_PART: Kind = Kind(59);
 
     /// Whether a node that does not know this kind may skip it.
     pub const fn is_optional(self) -> bool {

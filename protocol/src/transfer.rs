@@ -7,7 +7,7 @@
 //!                                     ◄──  KV_ACCEPT | KV_REFUSAL
 //!                                     ◄──  KV_PROGRESS, again and again
 //!   data stream, one way
-//!                                     ◄──  KV_STREAM
+//!                                     ◄──  KV_STREAM; on further data streams KV_PART, and then bytes only
 //!                                     ◄──  KV_CHUNK, the payloads of its blocks, KV_COMMIT
 //!                                     ◄──  … the last KV_COMMIT says that it is the last
 //!     (ends the control stream)       ──►
@@ -15,7 +15,9 @@
 //!
 //! Everything is a frame but the payloads: these follow their `KV_CHUNK` as they lie in memory,
 //! `blocks * block_bytes` bytes, because a block of a large model is longer than a frame may be and
-//! must not be copied to be framed (docs/adr/0012-kv-transfer.md). The machines are in `cache`.
+//! must not be copied to be framed (docs/adr/0012-kv-transfer.md). Where the sender has opened several
+//! data streams, payloads are dealt out to them ([`KV_STRIPE_BYTES`], docs/adr/0018-kv-windows.md).
+//! The machines are in `cache`.
 
 use bincode::{Decode, Encode};
 
@@ -38,6 +40,8 @@ pub struct KvAsk {
     pub wanted: Vec<[u8; 32]>,
     /// Time left, milliseconds. Relative, because clocks do not agree.
     pub deadline_ms: u32,
+    /// Data streams that the path is worth, 1 to [`KV_STREAMS_MAX`]; the sender may open fewer.
+    pub streams: u8,
     pub work: KvWork,
 }
 
@@ -137,6 +141,18 @@ pub enum KvRefusal {
 pub struct KvStream {
     pub request: u128,
     pub attempt: u64,
+    /// Data streams that the payloads are dealt out to: this one, which is number 0 and has all frames,
+    /// and so many less one that begin with a [`KvPart`]. At most as many as were asked for.
+    pub parts: u8,
+}
+
+/// The first and only frame of a further data stream. What follows is payloads' bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct KvPart {
+    pub request: u128,
+    pub attempt: u64,
+    /// 1 and up; each once.
+    pub part: u8,
 }
 
 /// Announces the payloads of `blocks` blocks, the first of which is the wanted one number `first`.
@@ -201,11 +217,32 @@ impl KvAsk {
     pub fn from_frame(frame: &Frame) -> Result<KvAsk, KvFrameError> {
         let ask: KvAsk = value(frame, Kind::KV_ASK)?;
         bounded("blocks", ask.wanted.len(), 1, KV_BLOCKS_MAX)?;
+        bounded("streams", ask.streams.into(), 1, KV_STREAMS_MAX)?;
         if let KvWork::Prefill { tenant, tokens, .. } = &ask.work {
             bounded("tokens", tokens.len(), 1, KV_TOKENS_MAX)?;
             TenantId::new(tenant).ok_or(KvFrameError::Tenant)?;
         }
         Ok(ask)
+    }
+}
+
+impl KvStream {
+    /// # Errors
+    /// If the frame holds no such value, or one beyond its bounds.
+    pub fn from_frame(frame: &Frame) -> Result<KvStream, KvFrameError> {
+        let stream: KvStream = value(frame, Kind::KV_STREAM)?;
+        bounded("streams", stream.parts.into(), 1, KV_STREAMS_MAX)?;
+        Ok(stream)
+    }
+}
+
+impl KvPart {
+    /// # Errors
+    /// If the frame holds no such value, or one beyond its bounds.
+    pub fn from_frame(frame: &Frame) -> Result<KvPart, KvFrameError> {
+        let part: KvPart = value(frame, Kind::KV_PART)?;
+        bounded("part", part.part.into(), 1, KV_STREAMS_MAX - 1)?;
+        Ok(part)
     }
 }
 
@@ -268,6 +305,11 @@ pub const KV_BLOCKS_MAX: usize = 8192;
 pub const KV_TOKENS_MAX: usize = 131_072;
 /// Blocks of one chunk: what is lost when its digests do not fit.
 pub const KV_CHUNK_BLOCKS_MAX: usize = 1024;
+/// Data streams of one attempt.
+pub const KV_STREAMS_MAX: usize = 8;
+/// Each payload is cut into pieces of so many bytes, the last one shorter. Piece number n of the attempt,
+/// counted over all its payloads, goes to stream number n modulo the number of its streams.
+pub const KV_STRIPE_BYTES: usize = 128 << 10;
 /// Longest frame of a transfer. The longest ask, with five bytes to a token, fits.
 pub const KV_FRAME_BYTES_MAX: usize = 1 << 20;
 
@@ -298,6 +340,7 @@ mod tests {
             first: 2,
             wanted: vec![[9; 32]],
             deadline_ms: 5000,
+            streams: 2,
             work,
         }
     }
@@ -318,13 +361,14 @@ mod tests {
     fn golden_bytes() {
         let format: &[u8] = &[&[7; 32][..], &[0, 24, 16, 1, 252, 0, 0, 3, 0]].concat();
         let head: &[u8] = &[251, 2, 1, 3];
-        let wanted: &[u8] = &[&[2, 1][..], &[9; 32], &[251, 136, 19]].concat();
+        let wanted: &[u8] = &[&[2, 1][..], &[9; 32], &[251, 136, 19, 2]].concat();
         golden(Kind::KV_ASK, ask(KvWork::Cached), &[head, format, wanted, &[0]]);
         let work = [1, 4, b'a', b'c', b'm', b'e', 2, 5, 251, 44, 1, 255, 1];
         golden(Kind::KV_ASK, ask(prefill(vec![5, 300])), &[head, format, wanted, &work]);
         golden(Kind::KV_ACCEPT, (), &[]);
         golden(Kind::KV_PROGRESS, KvProgress { ready: 300 }, &[&[251, 44, 1]]);
-        golden(Kind::KV_STREAM, KvStream { request: 0x0102, attempt: 3 }, &[head]);
+        golden(Kind::KV_STREAM, KvStream { request: 0x0102, attempt: 3, parts: 2 }, &[head, &[2]]);
+        golden(Kind::KV_PART, KvPart { request: 0x0102, attempt: 3, part: 1 }, &[head, &[1]]);
         golden(Kind::KV_CHUNK, KvChunk { first: 4, blocks: 2 }, &[&[4, 2]]);
         let commit = KvCommit { first: 4, digests: vec![[8; 32]], end: None };
         golden(Kind::KV_COMMIT, commit, &[&[4, 1], &[8; 32], &[0]]);
@@ -392,6 +436,18 @@ mod tests {
         assert_eq!(count(&wanted(KV_BLOCKS_MAX + 1)), Some(("blocks", KV_BLOCKS_MAX + 1)));
         assert_eq!(count(&ask(prefill(vec![]))), Some(("tokens", 0)));
         assert_eq!(count(&ask(prefill(vec![1; KV_TOKENS_MAX + 1]))).map(|c| c.0), Some("tokens"));
+        for (streams, ok) in [(0, false), (1, true), (8, true), (9, false)] {
+            let of = |found: Result<(), KvFrameError>| found.is_ok();
+            let asked = KvAsk { streams, ..ask(KvWork::Cached) };
+            let asked = KvAsk::from_frame(&Frame::new(Kind::KV_ASK, &asked));
+            assert_eq!(of(asked.map(drop)), ok, "{streams}");
+            let stream = KvStream { request: 1, attempt: 1, parts: streams };
+            let stream = KvStream::from_frame(&Frame::new(Kind::KV_STREAM, &stream));
+            assert_eq!(of(stream.map(drop)), ok, "{streams}");
+            let part = KvPart { request: 1, attempt: 1, part: streams };
+            let part = KvPart::from_frame(&Frame::new(Kind::KV_PART, &part));
+            assert_eq!(of(part.map(drop)), ok && streams < 8, "{streams}");
+        }
         // The longest one is a frame that can be read.
         let longest = KvAsk {
             wanted: vec![[0; 32]; KV_BLOCKS_MAX],

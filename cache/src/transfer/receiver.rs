@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use protocol::frame::{Frame, Kind};
 use protocol::transfer::{
-    self, KV_BLOCKS_MAX, KV_TOKENS_MAX, KvAsk, KvChunk, KvCommit, KvEnd, KvFirstToken,
-    KvFrameError, KvProgress, KvRefusal, KvStream, KvWork,
+    self, KV_BLOCKS_MAX, KV_STREAMS_MAX, KV_TOKENS_MAX, KvAsk, KvChunk, KvCommit, KvEnd,
+    KvFirstToken, KvFrameError, KvProgress, KvRefusal, KvStream, KvWork,
 };
 use protocol::{Duration, Instant, Machine, NodeId, RequestId, TenantId, TokenId};
 
@@ -52,6 +52,8 @@ pub struct Source {
     pub peer: NodeId,
     /// Whether it shall prefill what it has not; if not, it sends what it has.
     pub prefill: bool,
+    /// Data streams that the path to it is worth, 1 to `KV_STREAMS_MAX`.
+    pub streams: u8,
 }
 
 /// What a receiver is told.
@@ -72,7 +74,8 @@ pub enum ReceiverInput {
     ControlClosed {
         attempt: AttemptId,
     },
-    /// A frame on a data stream that `peer` has opened. After `KV_CHUNK` the shell reads payloads, if
+    /// A frame on a data stream that `peer` has opened, which stands for those that its payloads are
+    /// dealt out to. After `KV_CHUNK` the shell reads payloads, if
     /// it is told to `Write`, before the next frame.
     Data {
         stream: StreamId,
@@ -241,6 +244,8 @@ struct Attempt {
     peer: NodeId,
     /// Missing blocks that were verified when it began: number 0 on its wire.
     base: usize,
+    /// Data streams that it may have.
+    streams: u8,
     /// There is a first token to wait for when all blocks are there.
     wants_token: bool,
     accepted: bool,
@@ -351,7 +356,8 @@ impl Receiver {
         self.attempts += 1;
         let active = self.active.get_mut(&request).expect("asked for what is in flight");
         let Active { handoff, verified, .. } = &*active;
-        let Source { peer, prefill } = handoff.sources[active.source];
+        let Source { peer, prefill, streams } = handoff.sources[active.source];
+        let streams = streams.clamp(1, KV_STREAMS_MAX as u8);
         let prompt = &handoff.prompt;
         let work = match prefill {
             false => KvWork::Cached,
@@ -371,6 +377,7 @@ impl Receiver {
             first: handoff.first.saturating_add(*verified as u32),
             wanted: handoff.missing[*verified..].iter().map(|name| name.0).collect(),
             deadline_ms: u32::try_from(left_ms).unwrap_or(u32::MAX),
+            streams,
             work,
         };
         let frame = Frame::new(Kind::KV_ASK, &ask);
@@ -379,6 +386,7 @@ impl Receiver {
             id,
             peer,
             base: active.verified,
+            streams,
             wants_token,
             accepted: false,
             heard: now,
@@ -444,11 +452,12 @@ impl Receiver {
     /// Whether the first frame of a stream says that it belongs to the live attempt of its request, and
     /// it is the only one.
     fn adopt(&mut self, now: Instant, (stream, peer): (StreamId, NodeId), frame: &Frame) -> bool {
-        let Ok(header) = transfer::value::<KvStream>(frame, Kind::KV_STREAM) else { return false };
+        let Ok(header) = KvStream::from_frame(frame) else { return false };
         let Some((request, attempt)) = self.attempt(AttemptId(header.attempt)) else {
             return false;
         };
-        if attempt.peer != peer || attempt.stream.is_some() || request.0 != header.request {
+        let is_its_own = attempt.peer == peer && request.0 == header.request;
+        if !is_its_own || attempt.stream.is_some() || header.parts > attempt.streams {
             return false;
         }
         (attempt.stream, attempt.heard) = (Some(stream), now);

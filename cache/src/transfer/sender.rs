@@ -93,8 +93,9 @@ pub enum SenderOutput {
     Serve { transfer: TransferId, served: Served },
     /// Nobody wants it any more: stop its prefill. What still comes as `Ready` is unpinned.
     Unserve { transfer: TransferId },
-    /// Open the data stream and send this.
-    OpenData { transfer: TransferId, peer: NodeId, frame: Frame },
+    /// Open the data stream and send this, with as many `parts` as streams could be opened at once; no
+    /// more than `streams`. What is said of the data stream is said of all of them.
+    OpenData { transfer: TransferId, peer: NodeId, header: KvStream, streams: u8 },
     /// Send the frame and then the payloads of these pages on the data stream, digesting each under its
     /// name. Answer `Sent` or `SendStopped`, always and once: until then the pages are being read.
     SendChunk { transfer: TransferId, frame: Frame, blocks: Vec<BlockId>, names: Vec<BlockHash> },
@@ -135,6 +136,8 @@ pub struct Sender {
 struct Transfer {
     peer: NodeId,
     stream: KvStream,
+    /// Data streams that the receiver would have.
+    streams: u8,
     names: Vec<BlockHash>,
     cached_only: bool,
     deadline: Instant,
@@ -238,7 +241,8 @@ impl Sender {
         let time = Duration::from_millis(ask.deadline_ms.into()).min(self.config.serve_max);
         let transfer = Transfer {
             peer,
-            stream: KvStream { request: ask.request, attempt: ask.attempt },
+            stream: KvStream { request: ask.request, attempt: ask.attempt, parts: 1 },
+            streams: ask.streams,
             names: names.clone(),
             cached_only: ask.work == KvWork::Cached,
             deadline: now + time,
@@ -300,8 +304,8 @@ impl Sender {
         }
         if !transfer.opened {
             transfer.opened = true;
-            let frame = Frame::new(Kind::KV_STREAM, &transfer.stream);
-            out.push(SenderOutput::OpenData { transfer: id, peer: transfer.peer, frame });
+            let Transfer { peer, stream: header, streams, .. } = *transfer;
+            out.push(SenderOutput::OpenData { transfer: id, peer, header, streams });
         }
         if nothing {
             return self.commit(id, Vec::new(), out);

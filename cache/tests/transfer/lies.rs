@@ -163,7 +163,8 @@ impl Receiving {
             }
             Step::Local(n) => {
                 self.ended.remove(&REQUEST);
-                let sources = (1..2 + n % 3).map(|n| Source { peer: node(n), prefill: n > 1 });
+                let sources =
+                    (1..2 + n % 3).map(|n| Source { peer: node(n), prefill: n > 1, streams: 1 });
                 let (sources, deadline) = (sources.collect(), at(self.now + 1000));
                 let handoff = HandOff { sources, deadline, ..handoff(1 + n % 6) };
                 // A second one of the same request would only be rejected, which ends nothing.
@@ -314,6 +315,7 @@ impl Sending {
                     first: 0,
                     wanted,
                     deadline_ms: 700,
+                    streams: 1,
                     work: if n % 2 == 0 { KvWork::Cached } else { prefill() },
                 };
                 let frame = Frame::new(Kind::KV_ASK, &ask);

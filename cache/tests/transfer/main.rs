@@ -77,8 +77,8 @@ fn handoff(n: u8) -> HandOff {
             first_token: KvFirstToken::Greedy,
         },
         sources: vec![
-            Source { peer: node(1), prefill: false },
-            Source { peer: node(2), prefill: true },
+            Source { peer: node(1), prefill: false, streams: 1 },
+            Source { peer: node(2), prefill: true, streams: 3 },
         ],
         deadline: at(1000),
     }
@@ -94,7 +94,7 @@ fn prefill() -> KvWork {
 }
 
 fn header(request: RequestId, attempt: u64) -> Frame {
-    Frame::new(Kind::KV_STREAM, &KvStream { request: request.0, attempt })
+    Frame::new(Kind::KV_STREAM, &KvStream { request: request.0, attempt, parts: 1 })
 }
 
 fn chunk(first: u32, blocks: u32) -> Frame {

@@ -86,7 +86,7 @@ fn attach(range: std::ops::Range<u8>) -> ReceiverOutput {
 fn whole_but_for_the_end(prefill: bool, first_token: KvFirstToken) -> Vec<ReceiverOutput> {
     let mut bench = Bench::new();
     let mut handoff = handoff(2);
-    handoff.sources = vec![Source { peer: node(1), prefill }];
+    handoff.sources = vec![Source { peer: node(1), prefill, streams: 1 }];
     handoff.prompt.first_token = first_token;
     bench.give(ReceiverInput::Start(handoff));
     bench.give(ReceiverInput::Reserved { request: REQUEST, blocks: blocks(10..12) });
@@ -112,7 +112,7 @@ fn only_who_wants_a_token_waits_for_it() {
 fn a_whole_hand_off() {
     let mut bench = Bench::new();
     let out = bench.give(ReceiverInput::Start(HandOff {
-        sources: vec![Source { peer: node(1), prefill: true }],
+        sources: vec![Source { peer: node(1), prefill: true, streams: 200 }],
         ..handoff(3)
     }));
     assert_eq!(out, [ReceiverOutput::Reserve { request: REQUEST, blocks: 3 }]);
@@ -122,6 +122,7 @@ fn a_whole_hand_off() {
     assert_eq!((ask.request, ask.attempt, ask.first, ask.deadline_ms), (7, 0, 3, 1000));
     assert_eq!((ask.wanted, ask.work), (vec![[0; 32], [1; 32], [2; 32]], prefill()));
     assert_eq!(ask.format, format());
+    assert_eq!(ask.streams, 8, "no more than the protocol has");
 
     assert_eq!(bench.control(Kind::KV_ACCEPT, &()), []);
     assert_eq!(bench.control(Kind::KV_PROGRESS, &KvProgress { ready: 1 }), []);
@@ -361,7 +362,7 @@ fn nothing_is_begun_without_room() {
     rejected(&mut bench, handoff(9), Rejection::Blocks { blocks: 9, max: 8 });
     let none = HandOff { sources: Vec::new(), ..handoff(1) };
     rejected(&mut bench, none, Rejection::Sources { sources: 0 });
-    let source = Source { peer: node(1), prefill: true };
+    let source = Source { peer: node(1), prefill: true, streams: 1 };
     let many = HandOff { sources: vec![source; 9], ..handoff(1) };
     rejected(&mut bench, many, Rejection::Sources { sources: 9 });
     let mut long = handoff(1);

@@ -60,6 +60,7 @@ fn ask(n: u8) -> KvAsk {
         first: 3,
         wanted: (0..n).map(|n| name(n).0).collect(),
         deadline_ms: 1000,
+        streams: 3,
         work: prefill(),
     }
 }
@@ -96,8 +97,8 @@ fn blocks_leave_as_they_are_filled() {
     let serve = SenderOutput::Serve { transfer: ONE, served };
     assert_eq!(bench.ask(1, &ask(5)), [control(Kind::KV_ACCEPT, &()), serve]);
     assert_eq!(bench.ready(0..0), []);
-    let frame = header(REQUEST, 4);
-    let open = SenderOutput::OpenData { transfer: ONE, peer: node(9), frame };
+    let header = KvStream { request: REQUEST.0, attempt: 4, parts: 1 };
+    let open = SenderOutput::OpenData { transfer: ONE, peer: node(9), header, streams: 3 };
     assert_eq!(bench.ready(20..23), [open, send(0, 20..22)]);
     // One chunk at a time is with the shell.
     assert_eq!(bench.ready(23..24), []);

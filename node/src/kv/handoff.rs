@@ -10,7 +10,7 @@ use engine::replica::GenerateRequest;
 use protocol::directory::Holder;
 use protocol::transfer::KvFirstToken;
 use protocol::{NodeId, RequestId, TenantId, TokenId};
-use scheduler::router::{End, PrefillAsk};
+use scheduler::router::{End, PlannedSource, PrefillAsk};
 use tokio::sync::{mpsc, oneshot};
 
 use super::pool::PoolCommand;
@@ -135,7 +135,15 @@ impl ModelKv {
             suspected: &[],
         });
         let sources = plan.map(|plan| plan.sources).unwrap_or_default();
-        sources.iter().map(|s| Source { peer: s.peer, prefill: s.prefill }).collect()
+        // A prompt that is computed comes no faster than it is computed, and would keep streams from others
+        // meanwhile.
+        let streams = |s: &PlannedSource| match s.prefill {
+            true => 1,
+            false => running.roster.data_streams(s.peer),
+        };
+        let source =
+            |s: PlannedSource| Source { peer: s.peer, prefill: s.prefill, streams: streams(&s) };
+        sources.into_iter().map(source).collect()
     }
 
     async fn hand_off(

@@ -15,6 +15,7 @@ mod directory;
 mod handoff;
 mod pool;
 mod streams;
+mod stripes;
 mod transfers;
 
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -23,7 +24,7 @@ use cache::Namer;
 use cache::transfer::TransferConfig;
 use protocol::NodeId;
 use protocol::frame::{Frame, Kind};
-use protocol::transfer::{self, KvAsk, KvFormat, KvRefusal, KvStream};
+use protocol::transfer::{KvAsk, KvFormat, KvPart, KvRefusal, KvStream};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -171,13 +172,21 @@ impl KvPlane {
 
     /// A member sends blocks. A stream that belongs to nothing is stopped.
     pub async fn data(&self, peer: NodeId, header: Frame, mut data: DataStream) {
-        let model = transfer::value::<KvStream>(&header, Kind::KV_STREAM).ok().and_then(|header| {
-            let index = usize::try_from(header.attempt >> ATTEMPT_BITS).ok()?;
+        let stream = KvStream::from_frame(&header).ok();
+        let part = KvPart::from_frame(&header).ok();
+        let attempt = stream.map(|stream| stream.attempt).or(part.map(|part| part.attempt));
+        let model = attempt.and_then(|attempt| {
+            let index = usize::try_from(attempt >> ATTEMPT_BITS).ok()?;
             self.lock().models.get(index).cloned()
         });
-        match model {
-            Some(model) => model.tell(Input::DataOpened { peer, header, data }).await,
-            None => data.reader.stop(),
+        match (model, stream, part) {
+            (Some(model), Some(header), _) => {
+                model.tell(Input::DataOpened { peer, header, data }).await;
+            }
+            (Some(model), None, Some(part)) => {
+                model.tell(Input::PartOpened { peer, part, data }).await;
+            }
+            _ => data.reader.stop(),
         }
     }
 

@@ -10,12 +10,13 @@ use cache::BlockHash;
 use cache::transfer::{AttemptId, BlockDigest, StreamId, TransferId};
 use protocol::NodeId;
 use protocol::frame::{Frame, Kind};
-use protocol::transfer::KvChunk;
+use protocol::transfer::{KvChunk, KvStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
+use super::stripes::{StripedReader, StripedWriter};
 use super::transfers::Input;
-use crate::mesh::{DataStream, FrameRate, FrameReader, FrameStream, FrameWriter, Roster};
+use crate::mesh::{FrameStream, Roster};
 
 /// What the task of a data stream that came in shall do about the chunk that it has announced.
 pub(super) enum DataOrder {
@@ -91,33 +92,31 @@ enum Came {
 /// Reads a data stream of a peer: ahead, while what came before goes to its pages.
 pub(super) async fn receive(
     (stream, block_bytes): (StreamId, usize),
-    data: DataStream,
+    mut data: StripedReader,
     orders: mpsc::UnboundedReceiver<DataOrder>,
     inputs: mpsc::Sender<Input>,
 ) {
-    let DataStream { mut reader, rate } = data;
     let (ahead, came) = mpsc::channel(AHEAD_MAX);
     let reading = async {
         // To its end, or to what cannot be read on after.
-        let _ = read_ahead(&mut reader, &rate, block_bytes, ahead).await;
+        let _ = read_ahead(&mut data, block_bytes, ahead).await;
         std::future::pending().await
     };
     tokio::select! {
         () = reading => {}
         _ = pass_on(stream, came, orders, inputs) => {}
     }
-    reader.stop();
+    data.stop();
 }
 
 /// `None` at the end of what can be read, or if nobody wants more.
 async fn read_ahead(
-    reader: &mut FrameReader,
-    rate: &FrameRate,
+    data: &mut StripedReader,
     block_bytes: usize,
     ahead: mpsc::Sender<Came>,
 ) -> Option<()> {
     loop {
-        let frame = reader.next(rate).await.ok()??;
+        let frame = data.next().await?;
         let announces = frame.kind == Kind::KV_CHUNK;
         let chunk = KvChunk::from_frame(&frame);
         ahead.send(Came::Frame(frame)).await.ok()?;
@@ -128,7 +127,7 @@ async fn read_ahead(
             }
             let mut payloads = Vec::with_capacity(blocks);
             for _ in 0..blocks {
-                payloads.push(reader.payload(block_bytes).await.ok()?);
+                payloads.push(data.payload(block_bytes).await?);
             }
             ahead.send(Came::Payloads(payloads)).await.ok()?;
         }
@@ -217,17 +216,14 @@ pub(super) async fn serve_control(
 /// finished.
 pub(super) async fn send(
     roster: Arc<Roster>,
-    (transfer, peer, header): (TransferId, NodeId, Frame),
+    ((transfer, peer, header), streams): ((TransferId, NodeId, KvStream), usize),
     mut orders: mpsc::UnboundedReceiver<SendOrder>,
     closed: CancellationToken,
     inputs: mpsc::Sender<Input>,
 ) {
     let opening = async {
-        let mut writer = roster.mesh()?.open_data(peer).await.ok()?;
-        // Tokens of other requests go first.
-        writer.set_priority(PRIORITY);
-        write_frame(&mut writer, &header).await?;
-        Some(writer)
+        let writers = roster.mesh()?.open_data(peer, streams).await.ok()?;
+        StripedWriter::begin(writers, header).await
     };
     let mut writer = tokio::select! {
         writer = opening => writer,
@@ -273,19 +269,22 @@ pub(super) async fn send(
 }
 
 /// The digests of a chunk that was sent, or nothing for a commit; `None` if the stream is broken.
-async fn carry_out(writer: &mut FrameWriter, order: SendOrder) -> Option<Option<Vec<BlockDigest>>> {
+async fn carry_out(
+    writer: &mut StripedWriter,
+    order: SendOrder,
+) -> Option<Option<Vec<BlockDigest>>> {
     match order {
         SendOrder::Chunk { frame, names, payloads } => {
-            write_frame(writer, &frame).await?;
+            writer.frame(&frame).await?;
             let mut digests = Vec::with_capacity(payloads.len());
             for (payload, name) in payloads.into_iter().zip(&names) {
                 digests.push(BlockDigest::of(name, &payload));
-                writer.payload(payload).await.ok()?;
+                writer.payload(payload).await?;
             }
             Some(Some(digests))
         }
         SendOrder::Commit { frame, last } => {
-            write_frame(writer, &frame).await?;
+            writer.frame(&frame).await?;
             if last {
                 writer.finish();
             }
@@ -294,14 +293,8 @@ async fn carry_out(writer: &mut FrameWriter, order: SendOrder) -> Option<Option<
     }
 }
 
-async fn write_frame(writer: &mut FrameWriter, frame: &Frame) -> Option<()> {
-    writer.payload(frame.encode().into()).await.ok()
-}
-
 /// Silence of a sender after which it is looked after: it gives signs of life more often.
 const QUIET_MAX: Duration = Duration::from_millis(350);
-/// Of blocks against everything else on a connection.
-const PRIORITY: i32 = -1;
 /// Frames and payloads that were read and wait: a chunk, its commit and the next chunk. Too small: the
 /// path rests while pages are written. Too large: payloads take memory, up to two chunks a stream.
 const AHEAD_MAX: usize = 3;

@@ -12,7 +12,8 @@ use cache::transfer::{
     Sender, SenderInput, SenderOutput, StreamId, TransferConfig, TransferId,
 };
 use cache::{BlockHash, BlockId};
-use protocol::frame::Frame;
+use protocol::frame::{Frame, Kind};
+use protocol::transfer::{KV_STREAMS_MAX, KvPart, KvStream};
 use protocol::{Duration, Instant, Machine, NodeId, RequestId};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
@@ -21,6 +22,7 @@ use super::counters::Counters;
 use super::directory::Directory;
 use super::pool::{PoolCommand, PoolEvent};
 use super::streams::{self, DataOrder, SendOrder};
+use super::stripes::StripedReader;
 use crate::mesh::{DataStream, FrameStream, Roster};
 use crate::replica::ReplicaHandle;
 
@@ -30,7 +32,8 @@ pub(super) enum Input {
     Cancel { request: RequestId },
     Control { attempt: AttemptId, frame: Frame },
     ControlClosed { attempt: AttemptId },
-    DataOpened { peer: NodeId, header: Frame, data: DataStream },
+    DataOpened { peer: NodeId, header: KvStream, data: DataStream },
+    PartOpened { peer: NodeId, part: KvPart, data: DataStream },
     Data { stream: StreamId, frame: Frame },
     Payloads { stream: StreamId, payloads: Vec<Vec<Bytes>> },
     PayloadsLost { stream: StreamId },
@@ -71,7 +74,7 @@ pub(super) struct Transfers {
     next_transfer: u64,
     /// Hand-offs that somebody waits for.
     waiting: BTreeMap<RequestId, Waiting>,
-    asks: BTreeMap<AttemptId, oneshot::Sender<bool>>,
+    asks: BTreeMap<AttemptId, Asked>,
     data: BTreeMap<StreamId, Incoming>,
     served: BTreeMap<TransferId, Outgoing>,
 }
@@ -80,6 +83,17 @@ struct Waiting {
     since: Moment,
     from_first: bool,
     ended: oneshot::Sender<Ended>,
+}
+
+/// An attempt of a hand-off.
+struct Asked {
+    peer: NodeId,
+    close: oneshot::Sender<bool>,
+    /// Its further data streams, on their way to the task of the first; at most `KV_STREAMS_MAX` wait,
+    /// more are stopped.
+    parts: mpsc::Sender<(KvPart, DataStream)>,
+    /// Until there is a first.
+    parted: Option<mpsc::Receiver<(KvPart, DataStream)>>,
 }
 
 /// A data stream of a peer.
@@ -188,6 +202,7 @@ impl Transfers {
                 self.receive(ReceiverInput::ControlClosed { attempt });
             }
             Input::DataOpened { peer, header, data } => self.on_data_opened(peer, header, data),
+            Input::PartOpened { peer, part, data } => self.on_part_opened(peer, part, data),
             Input::Data { stream, frame } => {
                 if let Some(Incoming { peer, .. }) = self.data.get(&stream) {
                     let peer = *peer;
@@ -251,15 +266,32 @@ impl Transfers {
         }
     }
 
-    fn on_data_opened(&mut self, peer: NodeId, header: Frame, data: DataStream) {
+    fn on_data_opened(&mut self, peer: NodeId, header: KvStream, data: DataStream) {
         let stream = StreamId(self.next_stream);
         self.next_stream += 1;
         let (orders, ordered) = mpsc::unbounded_channel();
         self.data.insert(stream, Incoming { peer, orders, write: None });
         // Adopted or stopped.
-        self.receive(ReceiverInput::Data { stream, peer, frame: header });
+        let frame = Frame::new(Kind::KV_STREAM, &header);
+        self.receive(ReceiverInput::Data { stream, peer, frame });
+        let adopted = self.data.contains_key(&stream);
+        let asked = self.asks.get_mut(&AttemptId(header.attempt)).filter(|_| adopted);
+        let parted = asked.and_then(|asked| asked.parted.take());
         let known = (stream, self.block_bytes);
+        let data = StripedReader::new(data, header, parted);
         tokio::spawn(streams::receive(known, data, ordered, self.inputs.clone()));
+    }
+
+    fn on_part_opened(&mut self, peer: NodeId, part: KvPart, data: DataStream) {
+        let asked = self.asks.get(&AttemptId(part.attempt)).filter(|asked| asked.peer == peer);
+        let refused = match asked {
+            // It goes with the attempt if nobody takes it.
+            Some(asked) => asked.parts.try_send((part, data)).err().map(|full| full.into_inner().1),
+            None => Some(data),
+        };
+        if let Some(mut data) = refused {
+            data.reader.stop();
+        }
     }
 
     fn on_payloads(&mut self, stream: StreamId, payloads: Vec<Vec<Bytes>>) {
@@ -313,7 +345,9 @@ impl Transfers {
             }
             ReceiverOutput::Ask { attempt, peer, frame } => {
                 let (close, closed) = oneshot::channel();
-                self.asks.insert(attempt, close);
+                let (parts, parted) = mpsc::channel(KV_STREAMS_MAX);
+                let parted = Some(parted);
+                self.asks.insert(attempt, Asked { peer, close, parts, parted });
                 let (roster, inputs) = (self.roster.clone(), self.inputs.clone());
                 tokio::spawn(streams::ask(roster, (attempt, peer, frame), closed, inputs));
             }
@@ -329,7 +363,7 @@ impl Transfers {
             }
             ReceiverOutput::Free { blocks } => self.replica.pool(PoolCommand::Release { blocks }),
             ReceiverOutput::Close { attempt, done } => {
-                if let Some(close) = self.asks.remove(&attempt) {
+                if let Some(Asked { close, .. }) = self.asks.remove(&attempt) {
                     // The task has ended where the stream has.
                     let _ = close.send(done);
                 }
@@ -387,12 +421,13 @@ impl Transfers {
             SenderOutput::Unserve { transfer } => {
                 self.replica.pool(PoolCommand::Unserve { transfer });
             }
-            SenderOutput::OpenData { transfer, peer, frame } => {
+            SenderOutput::OpenData { transfer, peer, header, streams } => {
                 let Some(outgoing) = self.served.get_mut(&transfer) else { return };
                 let (orders, ordered) = mpsc::unbounded_channel();
                 outgoing.data = Some(orders);
                 let (roster, inputs) = (self.roster.clone(), self.inputs.clone());
-                let (what, closed) = ((transfer, peer, frame), outgoing.closed.clone());
+                let (what, closed) = ((transfer, peer, header), outgoing.closed.clone());
+                let what = (what, usize::from(streams));
                 tokio::spawn(streams::send(roster, what, ordered, closed, inputs));
             }
             SenderOutput::SendChunk { transfer, frame, blocks, names } => {

@@ -699,12 +699,19 @@ impl Connections {
         })
     }
 
-    /// Opens a one-way stream for KV blocks.
-    pub async fn open_data(&self, node: NodeId) -> Result<FrameWriter, super::CallError> {
+    /// Opens one-way streams for KV blocks: one, and up to `streams` if the peer allows more of them at
+    /// once. Waiting for those would leave two transfers with half of what each waits for.
+    pub async fn open_data(
+        &self,
+        node: NodeId,
+        streams: usize,
+    ) -> Result<Vec<FrameWriter>, super::CallError> {
         use super::CallError;
         let connection = self.to(node).ok_or(CallError::NotConnected(node))?;
-        let stream = connection.link.open_data().await;
-        Ok(FrameWriter::new(stream.map_err(|_| CallError::NotConnected(node))?))
+        let first = connection.link.open_data().await;
+        let first = first.map_err(|_| CallError::NotConnected(node))?;
+        let others = (1..streams).map_while(|_| connection.link.open_data_now());
+        Ok([first].into_iter().chain(others).map(FrameWriter::new).collect())
     }
 
     pub fn now(&self) -> protocol::Instant {

@@ -39,7 +39,7 @@ pub use connections::{CloseCode, PeerEvent, Service};
 pub use control::{CONTROL_SOCKET, ControlRoutes, ControlServer};
 pub(crate) use copies::{Copy, SharedJournal};
 pub use frames::{DataStream, FrameStream};
-pub(crate) use frames::{FrameRate, FrameReader, FrameWriter};
+pub(crate) use frames::{FrameReader, FrameWriter};
 pub use identity::{Clock, Identity, IdentityError, Standing, system_clock};
 pub use key_file::KeyFileError;
 pub(crate) use knock::{QUIET_MAX, QUIET_MIN};

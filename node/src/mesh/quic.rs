@@ -11,9 +11,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::FutureExt;
 use protocol::NodeId;
 use protocol::identity::NodeKey;
 use protocol::identity::join::{ChannelBinding, EXPORTER_LABEL};
+use protocol::transfer::KV_STREAMS_MAX;
 use quinn::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
 use quinn::{
     AckFrequencyConfig, ConnectionId, ConnectionIdGenerator, IdleTimeout, TransportConfig, VarInt,
@@ -362,6 +364,11 @@ impl Link {
         self.connection.open_uni().await.map_err(|source| self.lost(source))
     }
 
+    /// Opens one more to the peer, if it allows one at once.
+    pub(super) fn open_data_now(&self) -> Option<quinn::SendStream> {
+        self.connection.open_uni().now_or_never()?.ok()
+    }
+
     pub(super) async fn accept_data(&self) -> Result<quinn::RecvStream, LinkError> {
         self.connection.accept_uni().await.map_err(|source| self.lost(source))
     }
@@ -461,15 +468,16 @@ fn transport(limits: &MeshLimits) -> TransportConfig {
     transport
 }
 
-/// Bytes in flight on a stream and on a connection: 10 Gbit/s at 3 ms, 1 Gbit/s at 30 ms.
-const STREAM_WINDOW_BYTES: u32 = 2 << 20;
+/// Bytes in flight on a stream: 1 Gbit/s at 16 ms. KV blocks go on several where the path is longer or
+/// faster, up to `KV_STREAMS_MAX`: 1 Gbit/s at 130 ms, 10 Gbit/s at 13 ms.
+pub(super) const STREAM_WINDOW_BYTES: u32 = 2 << 20;
 /// Every data stream may be full and calls still go on: else a transfer whose pages are busy would hold
 /// up the tokens of other requests. The same for what waits to be sent. With it a member can make this
-/// node hold 40 MiB.
+/// node hold 56 MiB.
 const CONNECTION_WINDOW_BYTES: u32 = (4 << 20) + DATA_STREAMS_MAX * STREAM_WINDOW_BYTES;
 /// Streams of KV blocks that a peer may have open at once; more wait at the sender. Too small: transfers
-/// queue. Too large: times `STREAM_WINDOW_BYTES` is what a peer can make this node hold.
-const DATA_STREAMS_MAX: u32 = 8;
+/// queue behind one that fills a long path. Too large: times `STREAM_WINDOW_BYTES` is what a peer can make this node hold.
+const DATA_STREAMS_MAX: u32 = KV_STREAMS_MAX as u32 + 4;
 /// A few hundred datagrams.
 const DATAGRAM_BUFFER_BYTES: usize = 256 << 10;
 /// Round trip that is assumed before one is measured. Three of it pass before the first packet is sent

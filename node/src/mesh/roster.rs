@@ -18,6 +18,7 @@ use protocol::frame::Frame;
 use protocol::membership::{Addresses, MembershipStats};
 use protocol::node_record::{NodeRecord, ReplicaRecord, ReplicaState};
 use protocol::records::{Records, RecordsConfig, RecordsInput, RecordsOutput};
+use protocol::transfer::KV_STREAMS_MAX;
 use protocol::{Duration, Instant, Machine, NodeId, RequestId};
 use scheduler::journals::{Journals, JournalsConfig};
 use scheduler::router::{
@@ -32,6 +33,7 @@ use super::apis::{self, Api};
 use super::kv_secret::{self, KV_SECRET};
 use super::members::{MemberLine, Members, MembersError};
 use super::overlay::{Address, Member, OverlayStatus, Path as OverlayPath};
+use super::quic::STREAM_WINDOW_BYTES;
 use super::reach::Reach;
 use super::{Call, DataStream, FrameStream, Mesh, PeerEvent, Service, random};
 use crate::http::App;
@@ -330,6 +332,16 @@ impl Roster {
         if self.state.get().is_some() {
             self.router().carried(node, bytes, took);
         }
+    }
+
+    /// Data streams that fill the path from a node, as far as their windows go: as many as its round trip
+    /// and its measured goodput are worth, 1 to `KV_STREAMS_MAX`.
+    pub fn data_streams(&self, node: NodeId) -> u8 {
+        if self.state.get().is_none() {
+            return 1;
+        }
+        let windows = self.router().link(node).windows(u64::from(STREAM_WINDOW_BYTES));
+        windows.min(KV_STREAMS_MAX as u64) as u8
     }
 
     /// The router, to be looked at; `None` before the start.

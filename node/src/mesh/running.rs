@@ -233,8 +233,12 @@ impl Mesh {
     }
 
     /// Opens a one-way stream to a connected member for KV blocks.
-    pub(crate) async fn open_data(&self, to: NodeId) -> Result<FrameWriter, CallError> {
-        self.connections.open_data(to).await
+    pub(crate) async fn open_data(
+        &self,
+        to: NodeId,
+        streams: usize,
+    ) -> Result<Vec<FrameWriter>, CallError> {
+        self.connections.open_data(to, streams).await
     }
 
     /// Calls a connected member and waits for its reply.

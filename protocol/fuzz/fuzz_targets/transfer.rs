@@ -7,8 +7,9 @@ use std::fmt::Debug;
 use libfuzzer_sys::fuzz_target;
 use protocol::frame::{Frame, Kind};
 use protocol::transfer::{
-    KV_BLOCKS_MAX, KV_CHUNK_BLOCKS_MAX, KV_FRAME_BYTES_MAX, KvAsk, KvChunk, KvCommit, KvFrameError,
-    KvProgress, KvRefusal, KvStream, value,
+    KV_BLOCKS_MAX, KV_CHUNK_BLOCKS_MAX, KV_FRAME_BYTES_MAX, KV_STREAMS_MAX, KvAsk, KvChunk, KvCommit,
+    KvFrameError,
+    KvPart, KvProgress, KvRefusal, KvStream, value,
 };
 
 fn again<T: bincode::Encode + PartialEq + Debug>(
@@ -34,5 +35,10 @@ fuzz_target!(|bytes: &[u8]| {
     }
     again(&frame, |frame| value::<KvRefusal>(frame, Kind::KV_REFUSAL));
     again(&frame, |frame| value::<KvProgress>(frame, Kind::KV_PROGRESS));
-    again(&frame, |frame| value::<KvStream>(frame, Kind::KV_STREAM));
+    if let Some(stream) = again(&frame, KvStream::from_frame) {
+        assert!((1..=KV_STREAMS_MAX).contains(&stream.parts.into()));
+    }
+    if let Some(part) = again(&frame, KvPart::from_frame) {
+        assert!((1..KV_STREAMS_MAX).contains(&part.part.into()));
+    }
 });

@@ -36,6 +36,17 @@ impl LinkFigures {
         });
     }
 
+    /// Windows of so many bytes that must be on their way for the path to be full; at least one. A path
+    /// that was measured through too few of them carries what they let through: so twice that, and twice
+    /// again the next time, until more bring no more. What was not measured is guessed, but for a round
+    /// trip: without one, one.
+    pub fn windows(&self, window_bytes: u64) -> u64 {
+        let rtt_us = self.rtt.map_or(0, |rtt| rtt.as_micros());
+        let product = u128::from(self.bytes_per_s_or_guess()) * rtt_us / 1_000_000;
+        let windows = (product * WINDOW_HEADROOM).div_ceil(u128::from(window_bytes.max(1)));
+        u64::try_from(windows).unwrap_or(u64::MAX).max(1)
+    }
+
     /// Between two others, seen from here: neither is farther from the other than the slower path says,
     /// and no faster. Wrong where the two sit side by side and this node is far off; who decodes knows
     /// better, and decides with its own figures.
@@ -52,6 +63,9 @@ impl LinkFigures {
 pub const BYTES_PER_S_GUESS: u64 = 100_000_000;
 /// Of a path without a connection: the handshake is to come.
 pub const RTT_GUESS: Duration = Duration::from_millis(10);
+/// Bytes on their way over what is on it on average. Too small: a path that is wider than it looks is
+/// never found out. Too large: memory at both ends.
+const WINDOW_HEADROOM: u128 = 2;
 /// Less than this is about the round trip, not the goodput.
 pub const SAMPLE_BYTES_MIN: u64 = 256 * 1024;
 
@@ -75,6 +89,42 @@ mod tests {
         }
         let later = link.bytes_per_s.unwrap();
         assert!((19_900_000..=20_000_000).contains(&later), "{later}");
+    }
+
+    #[test]
+    fn windows_follow_the_path() {
+        let mib = 1 << 20;
+        let check = |rtt_ms: Option<u64>, bytes_per_s, expect| {
+            let link = LinkFigures { rtt: rtt_ms.map(Duration::from_millis), bytes_per_s };
+            assert_eq!(link.windows(2 * mib), expect, "{link:?}");
+        };
+        check(None, Some(1_000_000_000), 1);
+        check(Some(0), Some(1_000_000_000), 1);
+        check(Some(1), Some(300_000_000), 1);
+        // guessed: 3 MB on their way
+        check(Some(30), None, 3);
+        check(Some(30), Some(125_000_000), 4);
+        check(Some(10), Some(1_250_000_000), 12);
+        check(Some(u64::MAX / 1_000_000), Some(u64::MAX), u64::MAX);
+        assert_eq!(LinkFigures::default().windows(0), 1);
+    }
+
+    /// Through so many windows comes so much a round trip: where that is the limit they grow to it.
+    #[test]
+    fn windows_grow_until_they_are_not_the_limit() {
+        let (window, rtt) = (2_u64 << 20, Duration::from_millis(50));
+        let mut link = LinkFigures { rtt: Some(rtt), bytes_per_s: Some(1 << 20) };
+        let mut seen = Vec::new();
+        for _ in 0..40 {
+            let windows = link.windows(window);
+            seen.push(windows);
+            // The path has room for six and a half of them, and a little is lost at both ends.
+            let on_its_way = (windows * window).min(window * 13 / 2) * 9 / 10;
+            let round_trips = 20;
+            link.carried(on_its_way * round_trips, rtt * (round_trips as u32 + 1));
+        }
+        assert!(seen.is_sorted(), "{seen:?}");
+        assert_eq!((seen[0], seen[39]), (1, 12), "{seen:?}");
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use cache::transfer::{BlockDigest, Sender, SenderInput, SenderOutput, Served, TransferId};
 use cache::{BlockHash, BlockId, Committed};
+use protocol::frame::{Frame, Kind};
 use protocol::transfer::{KvFirstToken, KvRefusal, KvWork};
 use protocol::{Instant, SequenceId, TenantId, wire};
 
@@ -104,14 +105,13 @@ impl KvNode {
                 self.after(0.3, Job::Serve { transfer });
             }
             SenderOutput::Unserve { transfer } => self.end_work(transfer),
-            SenderOutput::OpenData { transfer, frame, .. } => {
+            SenderOutput::OpenData { transfer, header, .. } => {
                 let Some(outgoing) = self.prefill.outgoing.get_mut(&transfer) else { return };
-                let header: protocol::transfer::KvStream =
-                    wire::decode::<_, 64>(&frame.body).expect("its own");
                 outgoing.attempt = header.attempt;
                 outgoing.data = self.streams.open_one_way(outgoing.control);
                 if let Some(data) = outgoing.data {
                     self.prefill.data.insert(data, transfer);
+                    let frame = Frame::new(Kind::KV_STREAM, &header);
                     self.streams.write(self.now, data, frame.encode(), &mut self.out);
                 }
             }

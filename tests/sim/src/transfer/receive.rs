@@ -130,7 +130,7 @@ impl KvNode {
         if !remote {
             return self.fill_rest(request);
         }
-        let source = |&(peer, prefill): &_| Source { peer: node_id(peer), prefill };
+        let source = |&(peer, prefill): &_| Source { peer: node_id(peer), prefill, streams: 1 };
         let first_token = if greedy { KvFirstToken::Greedy } else { KvFirstToken::Receiver };
         self.tell_receiver(ReceiverInput::Start(HandOff {
             request,
