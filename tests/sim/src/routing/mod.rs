@@ -2,11 +2,12 @@
 //!
 //! Chats of several tenants, turn after turn, on nodes that run the daemon's own batcher with a cost
 //! model in place of kernels. Every node is an ingress with a router of its own, which hears of the
-//! others' load by reports that are late, and of their caches by a directory that is late. Blocks do
-//! not travel here: what is compared is where an answer is made, not where its keys and values come
-//! from.
+//! others' load by reports that are late, and of their caches by a directory that is late. Who decodes
+//! fetches cached blocks where its router says that it pays, under every policy; nobody computes prompts
+//! for others.
 
 mod directory;
+mod moves;
 mod policy;
 mod replica;
 mod trace;
@@ -20,6 +21,7 @@ use protocol::{Instant, NodeId, RequestId, SequenceId, TenantId, TokenId};
 use scheduler::router::{DecisionStats, Outcome, Policy, ReplicaLoad};
 
 use directory::Directory;
+use moves::{Between, Job, Move};
 use policy::{Ingress, Wanted};
 use replica::{Happened, Replica, identity};
 use trace::{Chat, chats};
@@ -42,7 +44,11 @@ pub struct Result {
     /// Mean gap between the tokens of each answer, milliseconds, sorted.
     pub gap_ms: Vec<f64>,
     pub prompt_tokens: u64,
+    /// Of them, those that were not computed for it; fetched ones are among them.
     pub cached_tokens: u64,
+    pub moved_tokens: u64,
+    /// Fetches, those included that brought nothing.
+    pub moves: u64,
     /// Seconds that each node computed.
     pub busy_s: Vec<f64>,
     pub refused: u64,
@@ -59,6 +65,8 @@ impl Result {
         self.gap_ms.sort_by(f64::total_cmp);
         self.prompt_tokens += other.prompt_tokens;
         self.cached_tokens += other.cached_tokens;
+        self.moved_tokens += other.moved_tokens;
+        self.moves += other.moves;
         self.busy_s.resize(self.busy_s.len().max(other.busy_s.len()), 0.0);
         self.busy_s.iter_mut().zip(other.busy_s).for_each(|(sum, one)| *sum += one);
         self.refused += other.refused;
@@ -97,6 +105,8 @@ enum Event {
     Ask { chat: usize },
     /// The step that a node computes ends.
     StepEnds { node: usize },
+    /// A replica is to do this before its next step.
+    Job { node: usize, request: u64, job: Job },
     /// Every node reports its load, and hears what the others reported a while ago.
     Reports,
 }
@@ -124,6 +134,9 @@ struct World {
     reports: Vec<Vec<ReplicaLoad>>,
     chats: Vec<Chat>,
     turns: BTreeMap<u64, Turn>,
+    /// Turns that are not with a replica yet.
+    moves: BTreeMap<u64, Move>,
+    between: Vec<Between>,
     next_request: u64,
     random: Random,
     result: Result,
@@ -144,6 +157,8 @@ impl Study {
             reports: Vec::new(),
             chats: chats(self.load, self.seed),
             turns: BTreeMap::new(),
+            moves: BTreeMap::new(),
+            between: replicas.iter().map(|_| Between::default()).collect(),
             next_request: 1,
             random: Random::new(self.seed ^ INGRESS_SEED),
             result: Result { busy_s: vec![0.0; replicas.len()], ..Result::default() },
@@ -168,11 +183,13 @@ impl World {
                 Event::StepEnds { node } => {
                     let happened = self.replicas[node].end_step(at);
                     self.happened(node, happened);
-                    self.go_on(node);
+                    self.between_steps(node);
                 }
+                Event::Job { node, request, job } => self.give(node, request, job),
                 Event::Reports => self.report(),
             }
         }
+        assert!(self.turns.is_empty() && self.moves.is_empty(), "every turn has ended");
         for (sum, replica) in self.result.busy_s.iter_mut().zip(&self.replicas) {
             *sum = replica.busy_us as f64 / 1e6;
         }
@@ -226,9 +243,7 @@ impl World {
         };
         self.result.prompt_tokens += turn.prompt.len() as u64;
         self.turns.insert(request, turn);
-        let happened = self.replicas[node].submit(self.now_us, submission);
-        self.happened(node, happened);
-        self.go_on(node);
+        self.begin(request, node, submission);
     }
 
     /// Begins the next step of a node that computes none.
@@ -322,7 +337,7 @@ fn node_id(node: usize) -> NodeId {
 
 /// The outcome of an attempt that the simulator gives to routers when its answer begins.
 const BEGAN: Outcome = Outcome::Began;
-/// From one node to another.
+/// From one node to another and back.
 const HOP_US: u64 = 1_000;
 /// As in the daemon: twice a second.
 const REPORT_EVERY_US: u64 = 500_000;

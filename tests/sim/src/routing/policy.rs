@@ -2,10 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use protocol::{Instant, NodeId, RequestId};
-use scheduler::router::{Ask, DecisionStats, Outcome, Policy, ReplicaLoad, Router, RouterConfig};
+use cache::BLOCK_TOKENS_DEFAULT;
+use protocol::{Duration, Instant, NodeId, RequestId};
+use scheduler::router::{
+    Ask, DecisionStats, Disagg, Outcome, Policy, PrefillAsk, ReplicaLoad, Router, RouterConfig,
+};
 
-use super::{BEGAN, node_id};
+use super::{BEGAN, HOP_US, node_id};
 
 /// A turn to be answered.
 pub struct Wanted {
@@ -23,13 +26,15 @@ pub struct Ingress {
 
 impl Ingress {
     pub fn new(policy: Policy, own: NodeId) -> Ingress {
-        let config = RouterConfig { policy, ..RouterConfig::default() };
+        let disagg = Disagg::Never;
+        let config = RouterConfig { policy, disagg, ..RouterConfig::default() };
         Ingress { router: Router::new(own, config), requests: BTreeMap::new() }
     }
 
     pub fn report(&mut self, now: Instant, own: usize, loads: &[ReplicaLoad]) {
         for (node, load) in loads.iter().enumerate().filter(|(node, _)| *node != own) {
             self.router.report(now, node_id(node), [(MODEL.to_owned(), *load)]);
+            self.router.rtt(node_id(node), Duration::from_micros(HOP_US));
         }
     }
 
@@ -59,6 +64,35 @@ impl Ingress {
         }
         self.requests.insert(wanted.request.0 as u64, wanted.request);
         node
+    }
+
+    /// Whose cache a prompt's blocks are fetched from by this node, if any: it has `lengths.0` tokens, and
+    /// the first `lengths.1` of them are here.
+    pub fn plan_prefill(
+        &mut self,
+        now: Instant,
+        (own, own_load): (usize, ReplicaLoad),
+        request: u64,
+        lengths: (usize, usize),
+        overlap_tokens: &BTreeMap<NodeId, u64>,
+    ) -> Option<usize> {
+        self.router.report(now, node_id(own), [(MODEL.to_owned(), own_load)]);
+        let ask = PrefillAsk {
+            request: RequestId(u128::from(request)),
+            model: MODEL,
+            prompt_tokens: lengths.0 as u64,
+            cached_tokens: lengths.1 as u64,
+            block_tokens: BLOCK_TOKENS_DEFAULT as u32,
+            overlap_tokens,
+            suspected: &[],
+        };
+        let plan = self.router.plan_prefill(now, &ask)?;
+        plan.sources.first().map(|source| usize::from(source.peer.0[0]) - 1)
+    }
+
+    /// So much came from a node.
+    pub fn carried(&mut self, from: usize, bytes: u64, took_us: u64) {
+        self.router.carried(node_id(from), bytes, Duration::from_micros(took_us));
     }
 
     pub fn first_token(&mut self, now: Instant, request: u64) {

@@ -1,6 +1,9 @@
 //! A replica: the daemon's batcher, and a clock in place of kernels.
 
-use cache::{IdentityParts, NumericalIdentity, TenantSalt};
+use cache::{
+    BLOCK_TOKENS_DEFAULT, BlockHash, BlockId, HashChain, IdentityParts, NumericalIdentity,
+    TenantSalt,
+};
 use protocol::random::mix;
 use protocol::{Instant, Machine, SequenceId, TenantId, TokenId};
 use scheduler::router::ReplicaLoad;
@@ -16,6 +19,8 @@ pub struct Replica {
     plan: Option<StepPlan>,
     began_us: u64,
     pub busy_us: u64,
+    /// Copies between two steps, which the next one comes after.
+    copied_us: u64,
     /// A decoding step of late, microseconds.
     decode_step_us: u32,
 }
@@ -37,6 +42,7 @@ impl Replica {
             plan: None,
             began_us: 0,
             busy_us: 0,
+            copied_us: 0,
             decode_step_us: 0,
         }
     }
@@ -53,8 +59,53 @@ impl Replica {
             decode_step_us: self.decode_step_us,
             kv_blocks_free: (stats.blocks_free + stats.blocks_cached) as u32,
             kv_blocks: BLOCKS,
+            kv_bytes_per_token: KV_BYTES_PER_TOKEN,
             ..ReplicaLoad::default()
         }
+    }
+
+    pub fn is_computing(&self) -> bool {
+        self.plan.is_some()
+    }
+
+    /// Names of a prompt's full blocks.
+    pub fn names(&self, submission: &Submission) -> Vec<BlockHash> {
+        let mut chain = HashChain::new(submission.salt, &identity(), BLOCK_TOKENS_DEFAULT);
+        chain.extend(&submission.tokens);
+        chain.hashes().to_vec()
+    }
+
+    pub fn blocks_known(&self, names: &[BlockHash]) -> usize {
+        self.batcher.blocks_known(names)
+    }
+
+    pub fn pin(&mut self, names: &[BlockHash]) -> Vec<BlockId> {
+        self.batcher.pin_blocks(names)
+    }
+
+    /// Room for these, which others wait for from now on; none if there is none.
+    pub fn reserve(&mut self, names: &[BlockHash], owner: SequenceId) -> Vec<BlockId> {
+        self.batcher.claim_blocks(names, owner);
+        self.batcher.reserve_blocks(names.len())
+    }
+
+    pub fn attach(&mut self, blocks: &[(BlockId, BlockHash)]) -> Vec<BlockId> {
+        self.batcher.attach_blocks(blocks)
+    }
+
+    pub fn release(&mut self, blocks: &[BlockId]) {
+        self.batcher.release_blocks(blocks);
+    }
+
+    /// Nothing more comes; `kept` is what came.
+    pub fn end_hand_off(&mut self, names: &[BlockHash], owner: SequenceId, kept: &[BlockId]) {
+        self.batcher.unclaim_blocks(names, owner);
+        self.batcher.release_blocks(kept);
+    }
+
+    /// The next step is that much later.
+    pub fn copy(&mut self, micros: u64) {
+        self.copied_us += micros;
     }
 
     pub fn submit(&mut self, now_us: u64, submission: Submission) -> Vec<Happened> {
@@ -73,7 +124,8 @@ impl Replica {
         let decodes = plan.token_count() - prompt_tokens;
         let micros = STEP_US + PROMPT_TOKEN_US * prompt_tokens as f64 + DECODE_US * decodes as f64;
         self.began_us = now_us;
-        (Some(now_us + (micros / self.speed) as u64), happened)
+        let copied_us = std::mem::take(&mut self.copied_us);
+        (Some(now_us + copied_us + (micros / self.speed) as u64), happened)
     }
 
     /// The step under way is computed.
@@ -154,6 +206,8 @@ pub fn identity() -> NumericalIdentity {
     })
 }
 
+/// As a model of half a billion weights in f16.
+pub const KV_BYTES_PER_TOKEN: u32 = 12_288;
 /// KV memory: 49,152 tokens.
 pub const BLOCKS: u32 = 3072;
 const CONTEXT: usize = 16_384;
