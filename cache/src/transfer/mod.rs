@@ -90,7 +90,7 @@ impl TransferConfig {
             transfers_max: 64,
             blocks_max: KV_BLOCKS_MAX,
             blocks_pinned_max: capacity / 4,
-            chunk_bytes_max: 1 << 20,
+            chunk_bytes_max: CHUNK_BYTES_MAX,
             answer_wait: Duration::from_millis(1_000),
             silence_max: Duration::from_millis(1_500),
             progress_interval: Duration::from_millis(250),
@@ -104,6 +104,9 @@ impl TransferConfig {
         (self.chunk_bytes_max / block_bytes).clamp(1, KV_CHUNK_BLOCKS_MAX)
     }
 }
+
+/// As [`TransferConfig::chunk_bytes_max`], unless it is told otherwise.
+pub const CHUNK_BYTES_MAX: usize = 1 << 20;
 
 /// What a block's payload must be: BLAKE3 over it, keyed with the block's name, so that the right bytes
 /// in the wrong place do not fit either.

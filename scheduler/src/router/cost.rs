@@ -8,6 +8,7 @@
 //!
 //! Sums of measured rates, nothing learned: each part can be looked at and disputed.
 
+use cache::transfer::CHUNK_BYTES_MAX;
 use protocol::{Duration, NodeId};
 
 use super::links::LinkFigures;
@@ -87,6 +88,24 @@ pub(super) fn compute_us(tokens: u64, prefill_rate: u32) -> u64 {
 pub(super) fn transfer_us(tokens: u64, bytes_per_token: u32, link: LinkFigures) -> u64 {
     let bytes = tokens.saturating_mul(u64::from(bytes_per_token));
     quotient(bytes.saturating_mul(1_000_000), link.bytes_per_s_or_guess())
+}
+
+/// A cached beginning from one replica's pool to another's. Both take part between two steps only: each
+/// has a turn to begin with, and then one for every chunk, unless the path is slower than their turns.
+pub(super) fn fetch_us(
+    tokens: u64,
+    bytes_per_token: u32,
+    link: LinkFigures,
+    turns_us: [u64; 2],
+) -> u64 {
+    let bytes = tokens.saturating_mul(u64::from(bytes_per_token));
+    let chunks = bytes.div_ceil(CHUNK_BYTES_MAX as u64);
+    let [one_us, other_us] = turns_us;
+    let chunks_us = one_us.max(other_us).saturating_mul(chunks);
+    transfer_us(tokens, bytes_per_token, link)
+        .max(chunks_us)
+        .saturating_add(micros(link.rtt_or_guess()))
+        .saturating_add(one_us.saturating_add(other_us))
 }
 
 /// The tail of a hand-off that no computing hides: what is left of the transfer, its last chunk at

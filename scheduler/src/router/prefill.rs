@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 use protocol::node_record::NodeRole;
 use protocol::{Instant, NodeId, RequestId};
 
-use super::cost::{compute_us, hand_off_us, harm_us, is_gain, micros, transfer_us, turn_us};
+use super::cost::{compute_us, fetch_us, hand_off_us, harm_us, is_gain, turn_us};
 use super::decisions::Decided;
 use super::least::Least;
 use super::links::LinkFigures;
@@ -304,15 +304,13 @@ fn fetch(
     }
     let rate = inputs.here.prefill_rate;
     let prefill_us = compute_us(inputs.prompt_tokens - overlap, rate);
-    let way = micros(peer.link.rtt_or_guess());
+    let turns_us = [inputs.here.turn_us, peer.load.turn_us];
     let option = PrefillOption {
         peer: Some(peer.node),
         prefill: false,
         queue_us: compute_us(inputs.here.queue_tokens, rate),
         prefill_us,
-        kv_us: transfer_us(more, inputs.bytes_per_token, peer.link)
-            .saturating_add(way)
-            .saturating_add(turns_us(inputs, peer)),
+        kv_us: fetch_us(more, inputs.bytes_per_token, peer.link, turns_us),
         harm_us: harm_us(prefill_us, inputs.here.running, config),
     };
     Some((inputs.mode == Disagg::Always, option))

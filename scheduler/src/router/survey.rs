@@ -10,8 +10,8 @@ use protocol::{Instant, NodeId, RequestId};
 
 use super::config::Policy;
 use super::cost::{
-    CostParts, KvPath, compute_us, decode_us, hand_off_us, harm_us, is_gain, micros, streams,
-    transfer_us,
+    CostParts, KvPath, compute_us, decode_us, fetch_us, hand_off_us, harm_us, is_gain, micros,
+    streams,
 };
 use super::decisions::{Candidate, OTHERS_KEPT_MAX, Rank, Why};
 use super::least::Least;
@@ -173,10 +173,8 @@ impl Helpers {
     /// `bytes_per_token`. No path between two is better than the helper's own, as it is seen from here.
     fn floors(&self, config: &RouterConfig, prompt_tokens: u64, bytes_per_token: u32) -> Floors {
         let fetched_us = |(_, tokens, from): &(NodeId, u64, Helper)| {
-            let kv_us = |link| transfer_us(*tokens, bytes_per_token, link);
-            let rtt_us = |link: LinkFigures| micros(link.rtt_or_guess());
-            let way_us = from.link.map_or(0, |link| kv_us(link).saturating_add(rtt_us(link)));
-            way_us.saturating_add(from.turn_us)
+            let kv_us = |link| fetch_us(*tokens, bytes_per_token, link, [from.turn_us, 0]);
+            from.link.map_or(from.turn_us, kv_us)
         };
         let there_us = |by: &Helper| {
             let prefill_us = by.prefill_us.saturating_add(by.harm_us);
@@ -372,9 +370,8 @@ impl Survey {
             && *tokens >= overlap + MOVED_TOKENS_MIN
         {
             let way = way(link, helper.link);
-            let kv_us = transfer_us(tokens - overlap, bytes_per_token, way)
-                .saturating_add(micros(way.rtt_or_guess()))
-                .saturating_add(seat.turn_us.saturating_add(helper.turn_us));
+            let turns_us = [seat.turn_us, helper.turn_us];
+            let kv_us = fetch_us(tokens - overlap, bytes_per_token, way, turns_us);
             let left_us = compute_us(ask.prompt_tokens - tokens, seat.load.prefill_rate);
             let path = KvPath::Fetch { from: *from };
             let fetched = parts(path, seat.queue_us, kv_us, left_us, harm(left_us));

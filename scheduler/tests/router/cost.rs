@@ -117,8 +117,9 @@ fn the_parts_of_an_estimate() {
     assert_eq!(parts.queue_us, 300_000, "300 tokens at 1,000 a second");
     // 1,000 tokens of 12,288 bytes at a gigabyte a second less the round trip of the sample.
     let rate = LinkFigures::bytes_per_s_or_guess(&router.link(node(2)));
-    // And node 1 computes, so that it takes them in after a step.
-    assert_eq!(parts.kv_us, 12_288_000_000_000 / rate + 1_000 + 20_000);
+    // And node 1 computes, so that it begins to take them in after a step, and each of twelve chunks after one.
+    assert!(12_288_000_000_000 / rate < 12 * 20_000);
+    assert_eq!(parts.kv_us, 12 * 20_000 + 1_000 + 20_000);
     assert_eq!(parts.prefill_us, 500_000);
     assert_eq!(parts.hop_us, 6_000, "five for the hop, one for the round trip");
     // A step of 20 ms, of which each stream more adds a tenth for it and the two that run; 100 tokens;

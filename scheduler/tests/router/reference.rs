@@ -217,7 +217,9 @@ impl Plain {
         {
             let way = way(most.node);
             let moved = most.overlap_tokens - c.overlap_tokens;
-            let kv = transfer(moved, way) + micros(way.rtt_or_guess());
+            let chunks = (moved * u64::from(c.load.kv_bytes_per_token)).div_ceil(1 << 20);
+            let turns = chunks * turn(&c.load).max(turn(&most.load));
+            let kv = transfer(moved, way).max(turns) + micros(way.rtt_or_guess());
             let kv = kv + turn(&c.load) + turn(&most.load);
             let left = compute_us(ask.prompt_tokens - most.overlap_tokens, c.load.prefill_rate);
             let path = KvPath::Fetch { from: most.node };
