@@ -1,4 +1,4 @@
-"""Hosts on one machine and a network between them that loses, delays and cuts.
+"""Hosts on one machine and a network between them that loses, delays, throttles and cuts.
 
 Each host is a network namespace with a TUN device; its packets pass through this process, which does with
 them what a bad network does. Works on kernels without netem. Needs root, iproute2 and /dev/net/tun.
@@ -32,6 +32,9 @@ class Network:
 
     def __init__(self, hosts: list[str], seed: int):
         self.loss, self.delay_s = 0.0, 0.0
+        # Of what each host sends; None: as fast as this process is.
+        self.bytes_per_s: float | None = None
+        self.sent_until = dict.fromkeys(hosts, 0.0)
         self.passed = self.lost = self.overflowed = 0
         self.random, self.cuts = random.Random(seed), set()
         self.address = {host: f"10.77.0.{k}" for k, host in enumerate(hosts, 1)}
@@ -55,6 +58,8 @@ class Network:
             tunsetiff, iff_tun, iff_no_pi = 0x400454CA, 1, 0x1000
             fcntl.ioctl(device, tunsetiff, struct.pack("16sH22x", b"wire", iff_tun | iff_no_pi))
         ip("-n", name, "address", "add", f"{self.address[host]}/24", "dev", "wire")
+        # Who sends finds room while this process is busy.
+        ip("-n", name, "link", "set", "wire", "txqueuelen", "20000")
         ip("-n", name, "link", "set", "wire", "up")
         ip("-n", name, "link", "set", "lo", "up")
         return device
@@ -66,7 +71,7 @@ class Network:
         self.cuts = set(pairs) - together
 
     def heal(self) -> None:
-        self.loss, self.delay_s, self.cuts = 0.0, 0.0, set()
+        self.loss, self.delay_s, self.bytes_per_s, self.cuts = 0.0, 0.0, None, set()
 
     def forward(self) -> None:
         poll, host_at = select.poll(), {}
@@ -98,8 +103,15 @@ class Network:
                 self.overflowed += 1
             else:
                 self.passed += 1
-                due = time.monotonic() + self.delay_s
+                due = self.leaves(host, len(packet)) + self.delay_s
                 heapq.heappush(self.held, (due, self.passed, to, packet))
+
+    def leaves(self, host: str, size: int) -> float:
+        """When a packet of this size has left, after those before it."""
+        now = time.monotonic()
+        if self.bytes_per_s:
+            now = self.sent_until[host] = max(now, self.sent_until[host]) + size / self.bytes_per_s
+        return now
 
     def deliver(self, to: str, packet: bytes) -> None:
         try:
