@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use protocol::backup::{Begin, Fetched, Keep, Kept};
 use protocol::journal::{Entry, JOURNAL_BYTES_MAX};
-use protocol::{Duration, Instant, RequestId, TenantId};
+use protocol::{Duration, Instant, NodeId, RequestId, TenantId};
 
 /// What an operator may set, and what a wrong value does.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,6 +17,10 @@ pub struct JournalsConfig {
     /// of a stream` (a prompt and 16 bytes a token). Too small: streams die with their ingress. Too
     /// large: memory that the cache could use. Default 256 MiB.
     pub bytes_max: usize,
+    /// Unit: bytes of the streams that one member has sent here; what goes beyond is not kept. Too small:
+    /// streams of a busy ingress die with it. Too large: one member takes the memory from the others.
+    /// Default 64 MiB.
+    pub bytes_per_member_max: usize,
     /// Unit: time since the last word of a stream that is not complete; its ingress says something each
     /// 30 s. Too small: streams are forgotten before their clients come back. Too large: dead streams
     /// fill the memory. Default 2 min.
@@ -29,6 +33,7 @@ impl Default for JournalsConfig {
     fn default() -> Self {
         JournalsConfig {
             bytes_max: 256 << 20,
+            bytes_per_member_max: 64 << 20,
             silent_for: Duration::from_secs(120),
             complete_for: Duration::from_secs(30),
         }
@@ -41,6 +46,8 @@ pub struct Journals {
     config: JournalsConfig,
     streams: BTreeMap<Key, Stream>,
     bytes: usize,
+    /// Of them, those of each member that has any.
+    by_member: BTreeMap<NodeId, usize>,
     /// When old streams are looked for again.
     sweep_at: Instant,
 }
@@ -49,6 +56,8 @@ type Key = (TenantId, RequestId);
 
 #[derive(Debug)]
 struct Stream {
+    /// Who has sent its beginning: all of it counts as that member's.
+    member: NodeId,
     begin: Begin,
     entries: Vec<Entry>,
     bytes: usize,
@@ -57,22 +66,23 @@ struct Stream {
 
 impl Journals {
     pub fn new(config: JournalsConfig) -> Self {
-        Journals { config, streams: BTreeMap::new(), bytes: 0, sweep_at: Instant::ORIGIN }
+        let (streams, by_member) = (BTreeMap::new(), BTreeMap::new());
+        Journals { config, streams, bytes: 0, by_member, sweep_at: Instant::ORIGIN }
     }
 
-    /// Takes more of a stream.
-    pub fn keep(&mut self, now: Instant, tenant: TenantId, message: Keep) -> Kept {
+    /// Takes more of a stream from a member.
+    pub fn keep(&mut self, now: Instant, member: NodeId, tenant: TenantId, message: Keep) -> Kept {
         self.forget_old(now);
         let Keep { request, begin, from, entries, is_complete, .. } = message;
         let key = (tenant, RequestId(request));
         if let Some(begin) = begin {
             self.remove(&key);
             let bytes = STREAM_BYTES + begin.body.len();
-            if self.bytes + bytes > self.config.bytes_max {
+            if !self.has_room(member, bytes) {
                 return Kept::Full;
             }
-            self.bytes += bytes;
-            let stream = Stream { begin, entries: Vec::new(), bytes, forget_at: now };
+            self.count(member, bytes);
+            let stream = Stream { member, begin, entries: Vec::new(), bytes, forget_at: now };
             self.streams.insert(key.clone(), stream);
         }
         let Some(stream) = self.streams.get_mut(&key) else { return Kept::Unknown };
@@ -83,12 +93,14 @@ impl Journals {
         let Some(skip) = known.checked_sub(from) else { return Kept::Entries(known) };
         let new = entries.get(usize::try_from(skip).unwrap_or(usize::MAX)..).unwrap_or_default();
         let bytes: usize = new.iter().map(entry_bytes).sum();
-        if self.bytes + bytes > self.config.bytes_max || stream.bytes + bytes > STREAM_BYTES_MAX {
+        let (member, stream_bytes) = (stream.member, stream.bytes + bytes);
+        if stream_bytes > STREAM_BYTES_MAX || !self.has_room(member, bytes) {
             self.remove(&key);
             return Kept::Full;
         }
-        stream.bytes += bytes;
-        self.bytes += bytes;
+        self.count(member, bytes);
+        let stream = self.streams.get_mut(&key).expect("looked at above");
+        stream.bytes = stream_bytes;
         stream.entries.extend_from_slice(new);
         Kept::Entries(stream.entries.len() as u64)
     }
@@ -109,7 +121,28 @@ impl Journals {
 
     fn remove(&mut self, key: &Key) {
         if let Some(stream) = self.streams.remove(key) {
-            self.bytes -= stream.bytes;
+            self.uncount(stream.member, stream.bytes);
+        }
+    }
+
+    fn has_room(&self, member: NodeId, bytes: usize) -> bool {
+        let of_member = self.by_member.get(&member).copied().unwrap_or(0);
+        self.bytes + bytes <= self.config.bytes_max
+            && of_member + bytes <= self.config.bytes_per_member_max
+    }
+
+    fn count(&mut self, member: NodeId, bytes: usize) {
+        self.bytes += bytes;
+        *self.by_member.entry(member).or_default() += bytes;
+    }
+
+    fn uncount(&mut self, member: NodeId, bytes: usize) {
+        self.bytes -= bytes;
+        if let Some(of_member) = self.by_member.get_mut(&member) {
+            *of_member -= bytes;
+            if *of_member == 0 {
+                self.by_member.remove(&member);
+            }
         }
     }
 
@@ -118,12 +151,17 @@ impl Journals {
             return;
         }
         self.sweep_at = now + SWEEP;
-        let bytes = &mut self.bytes;
+        let mut forgotten = Vec::new();
         self.streams.retain(|_, stream| {
             let kept = stream.forget_at > now;
-            *bytes -= if kept { 0 } else { stream.bytes };
+            if !kept {
+                forgotten.push((stream.member, stream.bytes));
+            }
             kept
         });
+        for (member, bytes) in forgotten {
+            self.uncount(member, bytes);
+        }
     }
 }
 
@@ -148,6 +186,8 @@ mod tests {
     use protocol::journal::Ended;
 
     const BODY: usize = 1000;
+    const ONE: NodeId = NodeId([1; 32]);
+    const TWO: NodeId = NodeId([2; 32]);
 
     fn tenant(name: &str) -> TenantId {
         TenantId::new(name).expect("a name")
@@ -183,13 +223,13 @@ mod tests {
     fn entries_come_once_and_in_order() {
         let mut journals = Journals::new(JournalsConfig::default());
         let a = || tenant("a");
-        assert_eq!(journals.keep(at(0), a(), message(false, 0, 0..2)), Kept::Unknown);
-        assert_eq!(journals.keep(at(0), a(), message(true, 0, 0..2)), Kept::Entries(2));
+        assert_eq!(journals.keep(at(0), ONE, a(), message(false, 0, 0..2)), Kept::Unknown);
+        assert_eq!(journals.keep(at(0), ONE, a(), message(true, 0, 0..2)), Kept::Entries(2));
         // The answer was lost and the ingress says it again, with more.
-        assert_eq!(journals.keep(at(1), a(), message(false, 1, 1..5)), Kept::Entries(5));
-        assert_eq!(journals.keep(at(1), a(), message(false, 0, 0..3)), Kept::Entries(5));
+        assert_eq!(journals.keep(at(1), ONE, a(), message(false, 1, 1..5)), Kept::Entries(5));
+        assert_eq!(journals.keep(at(1), ONE, a(), message(false, 0, 0..3)), Kept::Entries(5));
         // A gap is not taken.
-        assert_eq!(journals.keep(at(2), a(), message(false, 7, 7..9)), Kept::Entries(5));
+        assert_eq!(journals.keep(at(2), ONE, a(), message(false, 7, 7..9)), Kept::Entries(5));
         let key = (a(), RequestId(1 << 12));
         let found = journals.fetch(&key, 3, 1).expect("kept");
         assert_eq!((found.begin, found.entries, found.total), (None, vec![token(3)], 5));
@@ -198,27 +238,27 @@ mod tests {
         // Nobody else's, whatever its request is called.
         assert_eq!(fetch(&journals, "b", 0), None);
         // Another ingress takes the stream over.
-        assert_eq!(journals.keep(at(3), a(), message(true, 0, 0..1)), Kept::Entries(1));
+        assert_eq!(journals.keep(at(3), ONE, a(), message(true, 0, 0..1)), Kept::Entries(1));
     }
 
     #[test]
     fn what_is_silent_is_forgotten() {
         let mut journals = Journals::new(JournalsConfig::default());
-        journals.keep(at(0), tenant("a"), message(true, 0, 0..2));
+        journals.keep(at(0), ONE, tenant("a"), message(true, 0, 0..2));
         let other = |journals: &mut Journals, ms| {
-            journals.keep(at(ms), tenant("b"), message(true, 0, 0..1));
+            journals.keep(at(ms), ONE, tenant("b"), message(true, 0, 0..1));
         };
         other(&mut journals, 119_000);
         assert_eq!(fetch(&journals, "a", 0), Some((2, 2)));
         let mut end = message(false, 2, 0..0);
         end.entries = vec![Entry::Finished { choice: 0, reason: Ended::Stop }];
         end.is_complete = true;
-        assert_eq!(journals.keep(at(119_500), tenant("a"), end), Kept::Entries(3));
+        assert_eq!(journals.keep(at(119_500), ONE, tenant("a"), end), Kept::Entries(3));
         other(&mut journals, 149_000);
         assert_eq!(fetch(&journals, "a", 0), Some((3, 3)));
         other(&mut journals, 151_001);
         assert_eq!(fetch(&journals, "a", 0), None);
-        journals.keep(at(2_000_000), tenant("c"), message(false, 0, 0..0));
+        journals.keep(at(2_000_000), ONE, tenant("c"), message(false, 0, 0..0));
         assert_eq!(journals.size(), (0, 0));
     }
 
@@ -228,10 +268,44 @@ mod tests {
             Journals::new(JournalsConfig { bytes_max: 5_000, ..JournalsConfig::default() });
         let named = |n: u32| tenant(&format!("t{n}"));
         let kept: Vec<Kept> =
-            (0..5).map(|n| journals.keep(at(0), named(n), message(true, 0, 0..0))).collect();
+            (0..5).map(|n| journals.keep(at(0), ONE, named(n), message(true, 0, 0..0))).collect();
         assert_eq!(kept[..3], [Kept::Entries(0); 3]);
         assert_eq!(kept[3..], [Kept::Full; 2]);
-        assert_eq!(journals.keep(at(1), named(0), message(false, 0, 0..1000)), Kept::Full);
+        assert_eq!(journals.keep(at(1), ONE, named(0), message(false, 0, 0..1000)), Kept::Full);
         assert_eq!(journals.size(), (2, 2 * (STREAM_BYTES + BODY)));
+    }
+    #[test]
+    fn a_member_has_a_share() {
+        let each = STREAM_BYTES + BODY;
+        let config = JournalsConfig {
+            bytes_max: 5 * each,
+            bytes_per_member_max: 2 * each,
+            ..JournalsConfig::default()
+        };
+        let mut journals = Journals::new(config);
+        let mut n = 0;
+        let mut begins = |journals: &mut Journals, ms, member| {
+            n += 1;
+            let tenant = tenant(&format!("t{n}"));
+            journals.keep(at(ms), member, tenant, message(true, 0, 0..0)) == Kept::Entries(0)
+        };
+        let taken: Vec<bool> = (0..3).map(|_| begins(&mut journals, 0, ONE)).collect();
+        assert_eq!(taken, [true, true, false]);
+        assert!(begins(&mut journals, 0, TWO), "others have room");
+        // What it adds to its own streams counts, too, and costs it that stream only.
+        assert_eq!(journals.keep(at(1), ONE, tenant("t1"), message(false, 0, 0..1)), Kept::Full);
+        assert_eq!(journals.size(), (2, 2 * each));
+        assert!(begins(&mut journals, 1, ONE));
+        // A stream that another member takes over is that one's.
+        assert_eq!(
+            journals.keep(at(2), TWO, tenant("t2"), message(true, 0, 0..0)),
+            Kept::Entries(0)
+        );
+        assert!(begins(&mut journals, 2, ONE));
+        assert!(!begins(&mut journals, 2, TWO));
+        // What is forgotten counts no more.
+        assert!(begins(&mut journals, 500_000, ONE));
+        assert!(begins(&mut journals, 500_000, ONE));
+        assert_eq!(journals.by_member, BTreeMap::from([(ONE, 2 * each)]));
     }
 }

@@ -56,6 +56,10 @@ pub struct TransferConfig {
     /// Hand-offs received at once, and transfers sent at once; more are refused. Too small: peers
     /// compute what could be sent. Too large: each is slow.
     pub transfers_max: usize,
+    /// Transfers sent to one peer at once; more are refused as busy, and it goes to the next that has the
+    /// blocks or computes them. Too small: a peer with many new prompts computes what could be sent. Too
+    /// large: one peer takes all that there are from the others.
+    pub transfers_per_peer_max: usize,
     /// Blocks of one request, at most [`KV_BLOCKS_MAX`].
     pub blocks_max: usize,
     /// Blocks that all transfers together may pin at the sender; more are refused. Too small: as above.
@@ -88,6 +92,7 @@ impl TransferConfig {
             format,
             prefills: true,
             transfers_max: 64,
+            transfers_per_peer_max: 16,
             blocks_max: KV_BLOCKS_MAX,
             blocks_pinned_max: capacity / 4,
             chunk_bytes_max: CHUNK_BYTES_MAX,

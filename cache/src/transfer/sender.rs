@@ -193,7 +193,7 @@ impl Sender {
         frame: &Frame,
         out: &mut Vec<SenderOutput>,
     ) {
-        match self.check(frame) {
+        match self.check(peer, frame) {
             Ok(ask) => self.begin(now, (transfer, peer), ask, out),
             Err(refusal) => {
                 let frame = Frame::new(Kind::KV_REFUSAL, &refusal);
@@ -205,7 +205,7 @@ impl Sender {
         }
     }
 
-    fn check(&self, frame: &Frame) -> Result<KvAsk, KvRefusal> {
+    fn check(&self, peer: NodeId, frame: &Frame) -> Result<KvAsk, KvRefusal> {
         let ask = KvAsk::from_frame(frame).map_err(|_| KvRefusal::Protocol)?;
         self.config.format.check(&ask.format)?;
         let max = self.config.blocks_max.min(self.config.blocks_pinned_max);
@@ -222,7 +222,9 @@ impl Sender {
             return Err(KvRefusal::Late);
         }
         let pinned = self.promised + ask.wanted.len();
-        let full = self.transfers.len() >= self.config.transfers_max;
+        let of_peer = self.transfers.values().filter(|transfer| transfer.peer == peer).count();
+        let full = self.transfers.len() >= self.config.transfers_max
+            || of_peer >= self.config.transfers_per_peer_max;
         if full || pinned > self.config.blocks_pinned_max {
             return Err(KvRefusal::Busy);
         }

@@ -195,6 +195,26 @@ fn refused_before_a_byte_flows() {
     assert!(matches!(out[1], SenderOutput::Serve { .. }), "{out:?}");
 }
 
+/// One peer's asks leave room for others', and its own next one once one is over.
+#[test]
+fn one_peer_has_a_share() {
+    let mut bench = Bench::new();
+    let config = TransferConfig { transfers_max: 4, transfers_per_peer_max: 2, ..config() };
+    bench.sender = Sender::new(config);
+    let ask_of = |bench: &mut Bench, transfer, peer| {
+        let frame = Frame::new(Kind::KV_ASK, &ask(1));
+        let asked = SenderInput::Asked { transfer: TransferId(transfer), peer: node(peer), frame };
+        bench.give(asked).iter().any(|out| matches!(out, SenderOutput::Serve { .. }))
+    };
+    let taken: Vec<bool> = (1..=3).map(|n| ask_of(&mut bench, n, 9)).collect();
+    assert_eq!(taken, [true, true, false]);
+    let taken: Vec<bool> = (4..=7).map(|n| ask_of(&mut bench, n, n as u8)).collect();
+    assert_eq!(taken, [true, true, false, false], "four in all");
+    bench.give(SenderInput::ControlClosed { transfer: ONE, finished: false });
+    assert!(ask_of(&mut bench, 8, 9));
+    assert!(!ask_of(&mut bench, 9, 9));
+}
+
 #[test]
 fn pages_stay_pinned_until_nobody_reads_them() {
     let closed = SenderInput::ControlClosed { transfer: ONE, finished: false };

@@ -272,7 +272,7 @@ impl Roster {
     /// Answers [`KEEP`] and [`FETCH`].
     pub(super) async fn answer_copies(self: Arc<Self>, call: Call) {
         let reply = match call.request.method.as_str() {
-            KEEP => self.take_copy(&call.request.body),
+            KEEP => self.take_copy(call.from, &call.request.body),
             _ => self.give_copy(&call.request.body),
         };
         // The caller may be gone; it asks again.
@@ -282,10 +282,10 @@ impl Roster {
         };
     }
 
-    fn take_copy(&self, body: &[u8]) -> Result<Vec<u8>, String> {
+    fn take_copy(&self, from: NodeId, body: &[u8]) -> Result<Vec<u8>, String> {
         let message = Keep::from_bytes(body).map_err(|error| error.to_string())?;
         let tenant = TenantId::new(&message.tenant).ok_or("the tenant's name is not one")?;
-        Ok(lock(self.journals()).keep(self.now(), tenant, message).to_bytes())
+        Ok(lock(self.journals()).keep(self.now(), from, tenant, message).to_bytes())
     }
 
     fn give_copy(&self, body: &[u8]) -> Result<Vec<u8>, String> {
