@@ -163,9 +163,9 @@ fn main() -> anyhow::Result<()> {
 
 fn routing(first: u64, count: u64) {
     println!(
-        "| load | policy | TTFT p50 | p95 | p99 | gap p95 | cached | busiest / mean | refused |"
+        "| load | policy | TTFT p50 | p95 | p99 | gap p95 | cached | fetched | busiest / mean | refused |"
     );
-    println!("|---|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|---|---|");
     for load in Load::ALL {
         for policy in Policy::ALL {
             let mut sum = Routed::default();
@@ -174,7 +174,7 @@ fn routing(first: u64, count: u64) {
             }
             let ttft = |share| quantile(&sum.ttft_ms, share);
             println!(
-                "| {} | {} | {:.0} ms | {:.0} | {:.0} | {:.0} ms | {:.1} % | {:.2} | {} |",
+                "| {} | {} | {:.0} ms | {:.0} | {:.0} | {:.0} ms | {:.1} % | {:.1} % | {:.2} | {} |",
                 load.as_str(),
                 policy.as_str(),
                 ttft(0.5),
@@ -182,6 +182,7 @@ fn routing(first: u64, count: u64) {
                 ttft(0.99),
                 quantile(&sum.gap_ms, 0.95),
                 sum.hit_rate() * 100.0,
+                sum.fetched() * 100.0,
                 sum.spread(),
                 sum.refused,
             );

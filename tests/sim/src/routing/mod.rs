@@ -77,6 +77,11 @@ impl Result {
         self.cached_tokens as f64 / self.prompt_tokens.max(1) as f64
     }
 
+    /// Share of all prompt tokens that came from another node's cache.
+    pub fn fetched(&self) -> f64 {
+        self.moved_tokens as f64 / self.prompt_tokens.max(1) as f64
+    }
+
     /// Computing time of the busiest node over the mean of all.
     pub fn spread(&self) -> f64 {
         let mean = self.busy_s.iter().sum::<f64>() / self.busy_s.len().max(1) as f64;
@@ -372,5 +377,7 @@ mod tests {
         assert!(cost.hit_rate() > spread.hit_rate(), "{} {}", cost.hit_rate(), spread.hit_rate());
         let median = |result: &Result| quantile(&result.ttft_ms, 0.5);
         assert!(median(&cost) < median(&spread), "{} {}", median(&cost), median(&spread));
+        // who is asked in turn has little of a chat cached, and gets it from who has
+        assert!(spread.moves > 0 && spread.fetched() > cost.fetched());
     }
 }
