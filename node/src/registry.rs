@@ -177,6 +177,12 @@ impl Entry {
                     kv_blocks_free: count(stats.blocks_free + stats.blocks_cached),
                     kv_blocks: count(stats.blocks_free + stats.blocks_cached + stats.blocks_used),
                     kv_bytes_per_token: count(model.kv_bytes_per_token),
+                    below_ns_per_token: stats.tiers.map(|_| {
+                        let block_tokens = model.replica.kv_format().map_or(1, |f| f.block_tokens);
+                        let ns =
+                            stats.block_time_below.as_nanos() / u128::from(block_tokens.max(1));
+                        u32::try_from(ns).unwrap_or(u32::MAX)
+                    }),
                     ..record
                 }
             }

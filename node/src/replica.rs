@@ -105,6 +105,8 @@ pub struct Stats {
     pub preemptions: u64,
     /// What lies below the pool, if anything does.
     pub tiers: Option<TiersStats>,
+    /// What a block takes to come up from there, of late; zero while none has.
+    pub block_time_below: protocol::Duration,
 }
 
 impl Core for Replica {
@@ -146,6 +148,7 @@ impl Core for Replica {
             decode_step: stats.decode_step,
             preemptions: stats.preemptions,
             tiers: self.tier_stats(),
+            block_time_below: self.block_time_below().unwrap_or_default(),
         }
     }
 

@@ -197,6 +197,7 @@ fn records() -> Vec<Vec<u8>> {
         kv_blocks: 70_000,
         decode_step_us: 20_000,
         kv_bytes_per_token: 12_288,
+        below_ns_per_token: Some(60_000),
     };
     let record = |replicas: usize| NodeRecord {
         name: "host".to_owned(),

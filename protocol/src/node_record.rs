@@ -55,6 +55,9 @@ pub struct ReplicaRecord {
     pub decode_step_us: u32,
     /// Bytes of keys and values that one token takes; 0 while it loads.
     pub kv_bytes_per_token: u32,
+    /// Nanoseconds that a token's keys and values take to come up from below the pool, of late; 0 if none
+    /// did. `None`: nothing lies below it.
+    pub below_ns_per_token: Option<u32>,
 }
 
 /// What a node's operator wants it to do. A preference of routers, not a permission: what a node may do
@@ -196,6 +199,7 @@ mod tests {
             kv_blocks: 6,
             decode_step_us: 7,
             kv_bytes_per_token: 8,
+            below_ns_per_token: Some(9),
         }
     }
 
@@ -215,7 +219,7 @@ mod tests {
         let (bytes, left_out) = record.to_bytes();
         let expect = "03616461 05302e312e30 0100 7f000001 fbe620 0100 0a000001 fbe420 \
                       fd00ac23fc06000000 00 00 \
-                      02 01 0464656d6f 0166 01 fc00f15365 fb0004 01 02 03 04 05 06 07 08";
+                      02 01 0464656d6f 0166 01 fc00f15365 fb0004 01 02 03 04 05 06 07 08 01 09";
         let hex: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
         assert_eq!((hex, left_out), (expect.split_whitespace().collect(), 0));
         assert_eq!(NodeRecord::from_bytes(&bytes), Ok(record));

@@ -17,7 +17,9 @@ use protocol::directory::{Events, Heard, News, Part, Piece, Query, Report, Short
 use protocol::node_record::NodeRole;
 use protocol::random::mix;
 use protocol::{Duration, Instant, NodeId, RequestId};
-use scheduler::router::{Ask, Outcome, PrefillAsk, ReplicaLoad, Router, RouterConfig};
+use scheduler::router::{
+    Ask, NOTHING_BELOW, Outcome, PrefillAsk, ReplicaLoad, Router, RouterConfig,
+};
 
 fn main() {
     // Run by `cargo test`, it only shows that it runs.
@@ -58,6 +60,7 @@ fn measure(nodes: u64, decisions: u64, sequences: u64) {
             prompt_tokens: BLOCKS * BLOCK_TOKENS + 100,
             output_tokens: 256,
             overlap_tokens: &overlap,
+            below_tokens: &NOTHING_BELOW,
             excluded: &[],
             suspected: &[],
             weights: None,
@@ -77,8 +80,10 @@ fn measure(nodes: u64, decisions: u64, sequences: u64) {
                 model: "model",
                 prompt_tokens: ask.prompt_tokens,
                 cached_tokens: 100,
+                cached_below_tokens: 0,
                 block_tokens: BLOCK_TOKENS as u32,
                 overlap_tokens: &overlap,
+                below_tokens: &NOTHING_BELOW,
                 suspected: &[],
             };
             let began = StdInstant::now();

@@ -100,6 +100,11 @@ impl Replica {
         known + self.blocks_below(&names[known..])
     }
 
+    /// How many of [`blocks_known`](Self::blocks_known), the last of them, lie below the pool.
+    pub fn blocks_known_below(&self, names: &[BlockHash]) -> usize {
+        self.blocks_below(&names[self.batcher.blocks_known(names)..])
+    }
+
     /// A request will get these blocks from elsewhere: others that want them wait until
     /// [`end_hand_off`](Self::end_hand_off).
     pub fn begin_hand_off(&mut self, request: RequestId, names: Vec<BlockHash>) {

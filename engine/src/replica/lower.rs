@@ -29,6 +29,10 @@ pub(super) struct Lower {
     /// Names that others have been told of and that no block of the pool has, at most
     /// [`TOLD_BELOW_MAX`].
     told_below: BTreeSet<BlockHash>,
+    /// What the pool alone has stored and removed, since names were asked for before the last time.
+    of_pool: Vec<NameChange>,
+    /// What a block takes to come up, smoothed; zero while unknown.
+    block_time: Duration,
 }
 
 struct Fetching {
@@ -37,6 +41,7 @@ struct Fetching {
     names: Vec<BlockHash>,
     /// References on what has come.
     kept: Vec<BlockId>,
+    since: Instant,
     /// Not for a request of this replica but for a peer's.
     serves: Option<TransferId>,
 }
@@ -59,6 +64,18 @@ impl Replica {
     /// What lies below the pool; `None` if nothing does.
     pub fn tier_stats(&self) -> Option<TiersStats> {
         self.lower.as_ref().map(|lower| lower.tiers.stats())
+    }
+
+    /// What a block that lies below the pool takes to be in it, as measured of late; zero while none has
+    /// come up. `None` if nothing lies there.
+    pub fn block_time_below(&self) -> Option<Duration> {
+        self.lower.as_ref().map(|lower| lower.block_time)
+    }
+
+    /// Names that the pool alone has stored and removed: those behind the last answer of
+    /// [`take_name_changes`](Self::take_name_changes). Nothing without tiers, where that answer is it.
+    pub fn take_pool_changes(&mut self) -> Vec<NameChange> {
+        self.lower.as_mut().map(|lower| std::mem::take(&mut lower.of_pool)).unwrap_or_default()
     }
 
     /// What is to be logged about the disk since the last call.
@@ -178,7 +195,8 @@ impl Replica {
         let fetch = FetchId(lower.next_fetch);
         lower.next_fetch += 1;
         self.batcher.claim_blocks(&names, owner);
-        let fetching = Fetching { owner, names: names.clone(), kept: Vec::new(), serves };
+        let (kept, since) = (Vec::new(), now);
+        let fetching = Fetching { owner, names: names.clone(), kept, since, serves };
         lower.fetches.insert(fetch, fetching);
         lower.tiers.fetch(now, fetch, names, block_compute_time);
         self.advance(now, false);
@@ -196,9 +214,12 @@ impl Replica {
         }
         self.pin_what_came_up();
         let ended = self.lower.as_mut().map(|lower| lower.tiers.take_ended()).unwrap_or_default();
-        for Ended { fetch, .. } in ended {
-            let fetching = self.lower.as_mut().and_then(|lower| lower.fetches.remove(&fetch));
-            if let Some(Fetching { owner, names, kept, serves }) = fetching {
+        for Ended { fetch, landed } in ended {
+            let Some(lower) = &mut self.lower else { return };
+            if let Some(Fetching { owner, names, kept, since, serves }) =
+                lower.fetches.remove(&fetch)
+            {
+                lower.took(landed, now.saturating_since(since));
                 self.batcher.unclaim_blocks(&names, owner);
                 self.batcher.release_blocks(&kept);
                 self.transfers.raised.extend(serves);
@@ -222,10 +243,11 @@ impl Replica {
     /// tiers may be said to be stored once more.
     pub(super) fn with_changes_below(&mut self, changes: Vec<NameChange>) -> Vec<NameChange> {
         let Some(lower) = &mut self.lower else { return changes };
+        let mut seen = BTreeSet::new();
+        lower.of_pool.clone_from(&changes);
         let of_pool = changes.into_iter().map(|change| match change {
             NameChange::Stored(name) | NameChange::Removed(name) => name,
         });
-        let mut seen = BTreeSet::new();
         let touched = of_pool.chain(lower.tiers.take_touched()).filter(|name| seen.insert(*name));
         let batcher = &self.batcher;
         touched.map(|name| lower.change(name, batcher.has_block(&name))).collect()
@@ -299,7 +321,21 @@ impl Lower {
             copies_at: 0,
             copies_left: 0,
             told_below: BTreeSet::new(),
+            of_pool: Vec::new(),
+            block_time: Duration::ZERO,
         }
+    }
+
+    /// So many blocks have come up in one fetch, with all its waits.
+    fn took(&mut self, landed: usize, time: Duration) {
+        if landed == 0 {
+            return;
+        }
+        let each = time / u32::try_from(landed).unwrap_or(u32::MAX);
+        self.block_time = match self.block_time {
+            Duration::ZERO => each,
+            before => before - before / 4 + each / 4,
+        };
     }
 
     /// What is to be said of a name after all that happened to it.
@@ -332,12 +368,31 @@ const COPY_WINDOW_BLOCKS: u32 = 1024;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tiers::TiersOptions;
     use cache::tiers::TiersConfig;
 
     fn name(n: u32) -> BlockHash {
         let mut name = [0; 32];
         name[..4].copy_from_slice(&n.to_le_bytes());
         BlockHash(name)
+    }
+
+    #[test]
+    fn a_block_from_below_has_a_price() {
+        let ms = Duration::from_millis;
+        let options = TiersOptions { host_bytes: 1 << 20, disk: None };
+        let tiers = KvTiers::open(&options, RecordFormat::new(&[0; 32], 16, 512)).unwrap();
+        let mut lower = Lower::new(tiers);
+        for (landed, time, expect) in [
+            (0, ms(900), ms(0)),
+            (4, ms(40), ms(10)),
+            (2, ms(100), ms(20)),
+            (0, ms(900), ms(20)),
+            (1, ms(20), ms(20)),
+        ] {
+            lower.took(landed, time);
+            assert_eq!(lower.block_time, expect, "{landed} in {time:?}");
+        }
     }
 
     #[test]

@@ -75,7 +75,10 @@ fn replica_story(
         let cached = candidate.overlap_tokens;
         let peer = candidate.path_peer.as_ref().map(name).unwrap_or_default();
         let notes = [
-            (cached > 0).then(|| format!("has {cached} tokens of the prompt cached")),
+            (cached > 0).then(|| {
+                let below = below(candidate.below_tokens);
+                format!("has {cached} tokens of the prompt cached{below}")
+            }),
             (candidate.path == "fetch").then(|| format!("would fetch cached ones from {peer}")),
             (candidate.path == "remote").then(|| format!("would have {peer} compute the prompt")),
             (candidate.prefill_rate == 0).then(|| "its speed is a guess".to_owned()),
@@ -127,6 +130,7 @@ fn candidates<'a>(
         "node",
         "runs",
         "queue",
+        "below",
         "kv",
         "prefill",
         "hop",
@@ -142,6 +146,7 @@ fn candidates<'a>(
             format!("{}{mark}", name(&candidate.node)),
             (candidate.running + candidate.waiting).to_string(),
             duration(candidate.queue_ms),
+            duration(candidate.raise_ms),
             duration(candidate.kv_ms),
             duration(candidate.prefill_ms),
             duration(candidate.hop_ms),
@@ -173,12 +178,13 @@ fn prefill_story(
     };
     let mut out = format!(
         "{n}. Where the prompt's keys and values come from, {ago} ago (--disagg {mode}): {choice}\n   \
-         {cached_tokens} of {prompt_tokens} tokens were cached here\n"
+         {cached_tokens} of {prompt_tokens} tokens were cached here{}\n",
+        below(plan.below_tokens)
     );
     if asked.len() > 1 {
         let _ = writeln!(out, "   if that fails: {}, then here", asked[1..].join(", "));
     }
-    let mut table = Table::new(&["way", "queue", "prefill", "kv", "harm", "= cost"]);
+    let mut table = Table::new(&["way", "queue", "below", "prefill", "kv", "harm", "= cost"]);
     for option in &plan.options {
         let way = match (&option.peer, option.prefill) {
             (None, _) => "compute it here".to_owned(),
@@ -188,6 +194,7 @@ fn prefill_story(
         table.row(&[
             way,
             duration(option.queue_ms),
+            duration(option.raise_ms),
             duration(option.prefill_ms),
             duration(option.kv_ms),
             duration(option.harm_ms),
@@ -245,6 +252,14 @@ fn name(node: &ExplainedNode) -> String {
     }
 }
 
+/// What part of cached tokens must be brought up first.
+fn below(tokens: u64) -> String {
+    match tokens {
+        0 => String::new(),
+        _ => format!(", {tokens} of them below the pool"),
+    }
+}
+
 fn duration(ms: f64) -> String {
     match ms {
         _ if ms < 10.0 => format!("{ms:.1} ms"),
@@ -275,9 +290,11 @@ mod tests {
             prefill_rate: 1000,
             decode_step_ms: 20.0,
             overlap_tokens: 0,
+            below_tokens: 0,
             path: "recompute".to_owned(),
             path_peer: None,
             queue_ms,
+            raise_ms: 0.0,
             kv_ms: 0.0,
             prefill_ms: 2000.0,
             hop_ms: 6.0,
@@ -292,6 +309,7 @@ mod tests {
     fn a_stranger_understands() {
         let mut chosen = candidate(node("a", "ada", true), 300.0);
         chosen.overlap_tokens = 512;
+        chosen.below_tokens = 160;
         let mut other = candidate(node("b", "bob", false), 700.0);
         other.path = "fetch".to_owned();
         other.path_peer = Some(node("a", "ada", true));
@@ -332,11 +350,11 @@ req-7, as ada (this node, aaaaaaaa) decided it
 1. Which replica of demo answers, 15.0 s ago: prompt about 2000 tokens, answer about 256
    ada (this node, aaaaaaaa): the cheapest of 5, by 400 ms before the next
 
-   node                         runs   queue      kv  prefill     hop  = first token  + gaps   = cost  instead
-   ada (this node, aaaaaaaa) <     2  300 ms  0.0 ms  2000 ms  6.0 ms        2306 ms   32 ms  2338 ms
-   bob (bbbbbbbb)                  2  700 ms  0.0 ms  2000 ms  6.0 ms        2706 ms   32 ms  2738 ms  +400 ms
+   node                         runs   queue   below      kv  prefill     hop  = first token  + gaps   = cost  instead
+   ada (this node, aaaaaaaa) <     2  300 ms  0.0 ms  0.0 ms  2000 ms  6.0 ms        2306 ms   32 ms  2338 ms
+   bob (bbbbbbbb)                  2  700 ms  0.0 ms  0.0 ms  2000 ms  6.0 ms        2706 ms   32 ms  2738 ms  +400 ms
    and 3 more that were dearer
-   ada (this node, aaaaaaaa): has 512 tokens of the prompt cached
+   ada (this node, aaaaaaaa): has 512 tokens of the prompt cached, 160 of them below the pool
    bob (bbbbbbbb): would fetch cached ones from ada (this node, aaaaaaaa); is asked after others: it is suspected to be gone
    carl (cccccccc) could not be asked: loads the model, or drains
    first token after 2250 ms (thought: 2306 ms); ended after 12.3 s; no other would have been better, as far as can be known

@@ -6,7 +6,6 @@
 //! begun goes on at another replica ([`super::passing`]). Every wait ends: with an answer, with the
 //! request's deadline, or soon after membership suspects the node, or when its path breaks.
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -32,6 +31,7 @@ use super::guard::Caller;
 use super::overlap;
 use super::passing::{Passing, Source};
 use super::{App, Journal, RequestLog, TraceParent};
+use crate::kv::Overlaps;
 use crate::mesh::{CallError, Copy, Heard, Request as CallRequest, Roster, SharedJournal};
 
 /// What the router needs to know of a body.
@@ -97,7 +97,7 @@ pub(super) async fn forward(
     let traceparent = text(here.headers(), "traceparent");
     let last_event = text(here.headers(), LAST_EVENT_ID);
     let (asked, request) = (roster.clone(), caller.log.id);
-    let overlap = BTreeMap::new();
+    let overlap = Overlaps::default();
     let forwarding =
         Forwarding { app, roster, caller, endpoint, traceparent, peek, bytes, overlap };
     if let Some(last_event) = last_event {
@@ -134,7 +134,7 @@ pub(super) struct Forwarding {
     peek: Peek,
     bytes: Bytes,
     /// Tokens of its prompt that nodes are said to have cached.
-    overlap: BTreeMap<NodeId, u64>,
+    overlap: Overlaps,
 }
 
 /// A node's answer, of which at least the beginning is here.
@@ -222,7 +222,8 @@ impl Forwarding {
             model: &self.peek.model,
             prompt_tokens: (self.bytes.len() / BYTES_PER_TOKEN) as u64,
             output_tokens: self.peek.output_tokens(),
-            overlap_tokens: &self.overlap,
+            overlap_tokens: &self.overlap.tokens,
+            below_tokens: &self.overlap.below_tokens,
             excluded,
             suspected: &[],
             weights,

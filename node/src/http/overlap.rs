@@ -1,17 +1,16 @@
 //! Who has the beginning of a request's prompt cached, for the router: only where this node has the model, and so its
 //! tokenizer.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use protocol::NodeId;
 use protocol::api::{ChatRequest, CompletionRequest};
 use protocol::forward::Endpoint;
 
 use super::guard::Caller;
 use super::{App, chat, embeddings};
+use crate::kv::Overlaps;
 
-/// Tokens of the prompt's beginning that each node is said to have. Nothing for short requests, which cost
+/// What of the prompt's beginning each node is said to have. Nothing for short requests, which cost
 /// less than to look; nothing wrong is said of a request that is none: its handler will.
 pub(super) async fn overlap(
     app: &App,
@@ -19,7 +18,7 @@ pub(super) async fn overlap(
     endpoint: Endpoint,
     model: &str,
     body: &[u8],
-) -> BTreeMap<NodeId, u64> {
+) -> Overlaps {
     let found = async {
         if body.len() < BODY_BYTES_MIN {
             return None;

@@ -210,6 +210,13 @@ impl Directory {
     }
 }
 
+/// Where the directory has the names that are in the pools of the nodes that have tiers below theirs. Under
+/// the model's own identity these tell all that they have, in whatever tier: that is what can be fetched.
+pub(super) fn pool_part(mut identity: [u8; 32]) -> [u8; 32] {
+    identity.iter_mut().for_each(|byte| *byte ^= 0xff);
+    identity
+}
+
 /// The first answer of an owner that knows anything; without one, what any of them answered. All are asked
 /// at once: one that is dead and not known for it would otherwise cost every request a wait.
 async fn first_good(

@@ -1,6 +1,6 @@
 //! A prompt's blocks from elsewhere, before its sequence is submitted.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use protocol::{NodeId, RequestId, TenantId, TokenId};
 use scheduler::router::{End, PlannedSource, PrefillAsk};
 use tokio::sync::{mpsc, oneshot};
 
+use super::directory::pool_part;
 use super::pool::PoolCommand;
 use super::transfers::{Ended, Input};
 use super::{ModelKv, Running};
@@ -31,6 +32,38 @@ pub(crate) struct Brought {
 impl Drop for Brought {
     fn drop(&mut self) {
         self.replica.pool(PoolCommand::End { request: self.request });
+    }
+}
+
+/// What of a prompt's beginning nodes are said to have cached.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Overlaps {
+    pub tokens: BTreeMap<NodeId, u64>,
+    /// Of them, the last of them, those that lie below a node's pool.
+    pub below_tokens: BTreeMap<NodeId, u64>,
+}
+
+impl Overlaps {
+    /// `in_pool` are holders in the pools of those `with_tiers`. The others have nothing below theirs.
+    fn of(
+        block_tokens: u64,
+        anywhere: &[Holder],
+        in_pool: &[Holder],
+        with_tiers: &BTreeSet<NodeId>,
+    ) -> Overlaps {
+        let blocks = |holders: &[Holder], node: NodeId| {
+            holders.iter().find(|holder| holder.node == node).map_or(0, |holder| holder.blocks)
+        };
+        let below = |holder: &&Holder| with_tiers.contains(&holder.node);
+        let below = anywhere.iter().filter(below).map(|holder| {
+            let blocks = holder.blocks.saturating_sub(blocks(in_pool, holder.node));
+            (holder.node, u64::from(blocks) * block_tokens)
+        });
+        let tokens = |holder: &Holder| (holder.node, u64::from(holder.blocks) * block_tokens);
+        Overlaps {
+            tokens: anywhere.iter().map(tokens).collect(),
+            below_tokens: below.filter(|(_, tokens)| *tokens > 0).collect(),
+        }
     }
 }
 
@@ -76,12 +109,12 @@ impl ModelKv {
         names.truncate(full);
         let (reply, known) = oneshot::channel();
         self.replica.pool(PoolCommand::Look { names: names.clone(), reply });
-        let known = known.await.ok()?;
+        let (known, below) = known.await.ok()?;
         if known >= full {
             return None;
         }
         let id = request.request;
-        let sources = self.plan(running, id, (tokens.len(), known), &names).await;
+        let sources = self.plan(running, id, (tokens.len(), known, below), &names).await;
         if sources.is_empty() {
             return None;
         }
@@ -102,17 +135,27 @@ impl ModelKv {
         self.hand_off(running, handoff, deadline).await
     }
 
-    /// Tokens of the prompt's beginning that each node is said to have cached.
-    pub async fn overlap(&self, tenant: &TenantId, tokens: &[TokenId]) -> BTreeMap<NodeId, u64> {
-        let Some(running) = self.running.get() else { return BTreeMap::new() };
+    /// What of the prompt's beginning each node is said to have cached.
+    pub async fn overlap(&self, tenant: &TenantId, tokens: &[TokenId]) -> Overlaps {
+        let Some(running) = self.running.get() else { return Overlaps::default() };
         self.overlap_of(running, &self.namer.names(tenant, tokens)).await
     }
 
-    async fn overlap_of(&self, running: &Running, names: &[BlockHash]) -> BTreeMap<NodeId, u64> {
-        let block_tokens = self.namer.block_tokens() as u64;
-        let tokens = |holder: Holder| (holder.node, u64::from(holder.blocks) * block_tokens);
-        let holders = running.directory.holders(self.format.identity, names).await;
-        holders.into_iter().map(tokens).collect()
+    async fn overlap_of(&self, running: &Running, names: &[BlockHash]) -> Overlaps {
+        let identity = self.format.identity;
+        let mut with_tiers = running.roster.with_tiers(&self.model);
+        if self.replica.stats().tiers.is_some() {
+            with_tiers.extend(running.roster.mesh().map(|mesh| mesh.node()));
+        }
+        let anywhere = running.directory.holders(identity, names);
+        let in_pool = async {
+            match with_tiers.is_empty() {
+                true => Vec::new(),
+                false => running.directory.holders(pool_part(identity), names).await,
+            }
+        };
+        let (anywhere, in_pool) = tokio::join!(anywhere, in_pool);
+        Overlaps::of(self.namer.block_tokens() as u64, &anywhere, &in_pool, &with_tiers)
     }
 
     /// Whom to ask, the best first; nobody, where that costs more than computing it here.
@@ -120,18 +163,20 @@ impl ModelKv {
         &self,
         running: &Running,
         request: RequestId,
-        (tokens, known): (usize, usize),
+        (tokens, known, below): (usize, usize, usize),
         names: &[BlockHash],
     ) -> Vec<Source> {
         let block_tokens = self.namer.block_tokens();
-        let overlap_tokens = self.overlap_of(running, names).await;
+        let overlaps = self.overlap_of(running, names).await;
         let plan = running.roster.plan_prefill(&PrefillAsk {
             request,
             model: &self.model,
             prompt_tokens: tokens as u64,
             cached_tokens: (known * block_tokens) as u64,
+            cached_below_tokens: (below * block_tokens) as u64,
             block_tokens: block_tokens as u32,
-            overlap_tokens: &overlap_tokens,
+            overlap_tokens: &overlaps.tokens,
+            below_tokens: &overlaps.below_tokens,
             suspected: &[],
         });
         let sources = plan.map(|plan| plan.sources).unwrap_or_default();
@@ -185,3 +230,30 @@ impl ModelKv {
 
 /// Longest wait for blocks from elsewhere.
 const HAND_OFF_MAX: Duration = Duration::from_secs(60);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_in_a_pool_lies_below_it() {
+        let node = |n: u8| NodeId([n; 32]);
+        let holder = |(n, blocks): (u8, u32)| Holder { node: node(n), blocks };
+        let check = |anywhere: &[(u8, u32)], in_pool: &[(u8, u32)], below: &[(u8, u64)]| {
+            let of =
+                |holders: &[(u8, u32)]| holders.iter().copied().map(holder).collect::<Vec<_>>();
+            let with_tiers = [node(1), node(2)].into();
+            let overlaps = Overlaps::of(16, &of(anywhere), &of(in_pool), &with_tiers);
+            let expect: BTreeMap<_, _> =
+                below.iter().map(|&(n, tokens)| (node(n), tokens)).collect();
+            assert_eq!(overlaps.below_tokens, expect, "{anywhere:?} {in_pool:?}");
+            assert_eq!(overlaps.tokens.len(), anywhere.len());
+        };
+        check(&[(1, 5), (3, 9)], &[(1, 5)], &[]);
+        check(&[(1, 5), (2, 4)], &[(1, 2)], &[(1, 48), (2, 64)]);
+        // the answers are of two moments
+        check(&[(1, 5)], &[(1, 7)], &[]);
+        // who has no tiers has everything in its pool
+        check(&[(3, 9)], &[], &[]);
+    }
+}

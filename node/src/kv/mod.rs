@@ -28,14 +28,14 @@ use protocol::transfer::{KvAsk, KvFormat, KvPart, KvRefusal, KvStream};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-pub(crate) use handoff::Brought;
+pub(crate) use handoff::{Brought, Overlaps};
 pub(crate) use pool::{PoolCommand, PoolEvent, PoolQueue, execute, served};
 
 use crate::mesh::{CODE_FAILED, Call, DataStream, FrameStream, Roster};
 use crate::metrics::Sample;
 use crate::replica::ReplicaHandle;
 use counters::Counters;
-use directory::Directory;
+use directory::{Directory, pool_part};
 use transfers::{Input, Transfers};
 
 /// The transfers of every model of a node.
@@ -126,6 +126,9 @@ impl KvPlane {
         };
         let (inputs, inbox) = mpsc::channel(INPUTS_MAX);
         directory.serve(model.format.identity);
+        if stats.tiers.is_some() {
+            directory.serve(pool_part(model.format.identity));
+        }
         let running = Running {
             roster: roster.clone(),
             directory: directory.clone(),

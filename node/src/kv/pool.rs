@@ -17,10 +17,11 @@ use tokio::sync::{mpsc, oneshot};
 /// What a transfer wants of the replica.
 #[derive(Debug)]
 pub enum PoolCommand {
-    /// How many of the names, from the first on, are there or being computed?
+    /// How many of the names, from the first on, are there or being computed; and how many of these lie
+    /// below the pool?
     Look {
         names: Vec<BlockHash>,
-        reply: oneshot::Sender<usize>,
+        reply: oneshot::Sender<(usize, usize)>,
     },
     /// Answered by `Named` whenever names have changed, from now on.
     Watch,
@@ -96,8 +97,12 @@ pub enum PoolEvent {
         transfer: TransferId,
         payloads: Vec<Bytes>,
     },
-    /// Blocks that can be had here now, or not any more.
-    Named(Vec<NameChange>),
+    /// Blocks that can be had here now, or not any more; and, with tiers below the pool, those that it
+    /// has and has not.
+    Named {
+        anywhere: Vec<NameChange>,
+        in_pool: Vec<NameChange>,
+    },
 }
 
 /// Commands that wait for the replica, and who hears its answers.
@@ -163,7 +168,7 @@ pub(crate) fn execute(
     match command {
         PoolCommand::Look { names, reply } => {
             // Whoever asked may have left.
-            let _ = reply.send(replica.blocks_known(&names));
+            let _ = reply.send((replica.blocks_known(&names), replica.blocks_known_below(&names)));
         }
         PoolCommand::Watch => replica.watch_names(),
         PoolCommand::Begin { request, names } => replica.begin_hand_off(request, names),
@@ -200,8 +205,9 @@ pub(crate) fn served(replica: &mut Replica, events: &mut Vec<PoolEvent>) {
         ServeEvent::Finished { transfer, cached } => PoolEvent::Finished { transfer, cached },
         ServeEvent::Declined { transfer, refusal } => PoolEvent::Declined { transfer, refusal },
     }));
-    let changes = replica.take_name_changes();
-    if !changes.is_empty() {
-        events.push(PoolEvent::Named(changes));
+    let anywhere = replica.take_name_changes();
+    let in_pool = replica.take_pool_changes();
+    if !anywhere.is_empty() {
+        events.push(PoolEvent::Named { anywhere, in_pool });
     }
 }

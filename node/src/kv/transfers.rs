@@ -19,7 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::counters::Counters;
-use super::directory::Directory;
+use super::directory::{Directory, pool_part};
 use super::pool::{PoolCommand, PoolEvent};
 use super::streams::{self, DataOrder, SendOrder};
 use super::stripes::StripedReader;
@@ -262,7 +262,10 @@ impl Transfers {
                 self.send(SenderInput::Declined { transfer, refusal });
             }
             PoolEvent::Read { transfer, payloads } => self.on_read(transfer, payloads),
-            PoolEvent::Named(changes) => self.directory.changed(self.identity, &changes),
+            PoolEvent::Named { anywhere, in_pool } => {
+                self.directory.changed(self.identity, &anywhere);
+                self.directory.changed(pool_part(self.identity), &in_pool);
+            }
         }
     }
 

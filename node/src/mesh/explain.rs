@@ -87,7 +87,7 @@ impl Words<'_> {
     }
 
     fn candidate(&self, candidate: &Candidate) -> ExplainedCandidate {
-        let Candidate { node, load, overlap_tokens, rank, parts } = candidate;
+        let Candidate { node, load, overlap_tokens, below_tokens, rank, parts } = candidate;
         ExplainedCandidate {
             node: self.node(*node),
             running: load.running,
@@ -96,9 +96,11 @@ impl Words<'_> {
             prefill_rate: load.prefill_rate,
             decode_step_ms: ms(u64::from(load.decode_step_us)),
             overlap_tokens: *overlap_tokens,
+            below_tokens: *below_tokens,
             path: parts.path.as_str().to_owned(),
             path_peer: parts.path.peer().map(|peer| self.node(peer)),
             queue_ms: ms(parts.queue_us),
+            raise_ms: ms(parts.raise_us),
             kv_ms: ms(parts.kv_us),
             prefill_ms: ms(parts.prefill_us),
             hop_ms: ms(parts.hop_us),
@@ -119,6 +121,7 @@ impl Words<'_> {
             peer: option.peer.map(|peer| self.node(peer)),
             prefill: option.prefill,
             queue_ms: ms(option.queue_us),
+            raise_ms: ms(option.raise_us),
             prefill_ms: ms(option.prefill_us),
             kv_ms: ms(option.kv_us),
             harm_ms: ms(option.harm_us),
@@ -129,6 +132,7 @@ impl Words<'_> {
             mode: plan.mode.as_str().to_owned(),
             prompt_tokens: plan.prompt_tokens,
             cached_tokens: plan.cached_tokens,
+            below_tokens: plan.below_tokens,
             choice: choice.to_owned(),
             sources: sources
                 .map(|s| ExplainedSource { node: self.node(s.peer), prefill: s.prefill })

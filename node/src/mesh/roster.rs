@@ -278,6 +278,17 @@ impl Roster {
             && self.lock().nodes.values().any(|known| known.record.replicas.iter().any(is_it))
     }
 
+    /// Nodes with a replica of that name and something below its pool; this node is not looked at.
+    pub(crate) fn with_tiers(&self, model: &str) -> BTreeSet<NodeId> {
+        if self.state.get().is_none() {
+            return BTreeSet::new();
+        }
+        let is_it = |r: &ReplicaRecord| r.model == model && r.below_ns_per_token.is_some();
+        let state = self.lock();
+        let nodes = state.nodes.iter().filter(|(_, known)| known.record.replicas.iter().any(is_it));
+        nodes.map(|(&node, _)| node).collect()
+    }
+
     /// The replica to ask; see [`Router::choose`].
     pub(crate) fn choose(&self, ask: &Ask<'_>) -> Result<Choice, NoReplica> {
         let Some(started) = self.started.get() else { return Err(NoReplica::UnknownModel) };
@@ -745,6 +756,7 @@ fn loads(record: &NodeRecord) -> Vec<(String, ReplicaLoad)> {
         weights: first_bytes(&replica.fingerprint),
         decode_step_us: replica.decode_step_us,
         kv_bytes_per_token: replica.kv_bytes_per_token,
+        below_ns_per_token: replica.below_ns_per_token.unwrap_or(0),
         kv_blocks_free: replica.kv_blocks_free,
         kv_blocks: replica.kv_blocks,
         role: record.role,

@@ -74,16 +74,22 @@ pub struct ExplainedCandidate {
     pub decode_step_ms: f64,
     /// The beginning of the prompt that it has cached.
     pub overlap_tokens: u64,
+    /// Of them, those that lie below its pool, in host memory or on disk.
+    #[serde(default)]
+    pub below_tokens: u64,
     /// Where its keys and values come from: `recompute`, `local`, `fetch` or `remote`.
     pub path: String,
     /// The peer that they come from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path_peer: Option<ExplainedNode>,
     pub queue_ms: f64,
+    /// Bringing up what lies below the pool of whoever has it.
+    #[serde(default)]
+    pub raise_ms: f64,
     pub kv_ms: f64,
     pub prefill_ms: f64,
     pub hop_ms: f64,
-    /// The sum of these four: the estimate of the time to the first token.
+    /// The sum of these five: the estimate of the time to the first token.
     pub ttft_ms: f64,
     pub decode_ms: f64,
     /// The sum of both: lower is better.
@@ -108,6 +114,9 @@ pub struct ExplainedPrefill {
     pub prompt_tokens: u64,
     /// Of them in this node's cache.
     pub cached_tokens: u64,
+    /// Of these, those that lie below its pool, in host memory or on disk.
+    #[serde(default)]
+    pub below_tokens: u64,
     /// `recompute`, `fetch` or `remote`.
     pub choice: String,
     /// Who is asked, the best first.
@@ -134,6 +143,9 @@ pub struct ExplainedOption {
     pub peer: Option<ExplainedNode>,
     pub prefill: bool,
     pub queue_ms: f64,
+    /// Bringing up what lies below the pools, here and there.
+    #[serde(default)]
+    pub raise_ms: f64,
     pub prefill_ms: f64,
     pub kv_ms: f64,
     pub harm_ms: f64,

@@ -2,7 +2,7 @@
 //! decodes and where the keys and values of its prompt come from.
 //!
 //! ```text
-//! ttft  = queue + kv + prefill + hop          of the cheapest way to the prompt's keys and values
+//! ttft  = queue + raise + kv + prefill + hop          of the cheapest way to the prompt's keys and values
 //! score = ttft + decode_weight * added gaps
 //! ```
 //!
@@ -53,6 +53,8 @@ pub struct CostParts {
     pub path: KvPath,
     /// Prompts that are computed before, where this one is.
     pub queue_us: u64,
+    /// Bringing up what lies below the pool of whoever has it.
+    pub raise_us: u64,
     /// Keys and values on their way, as far as nothing else happens meanwhile.
     pub kv_us: u64,
     /// Computing what no cache has.
@@ -67,6 +69,7 @@ impl CostParts {
     /// Until the first token.
     pub fn ttft_us(&self) -> u64 {
         self.queue_us
+            .saturating_add(self.raise_us)
             .saturating_add(self.kv_us)
             .saturating_add(self.prefill_us)
             .saturating_add(self.hop_us)
@@ -88,6 +91,22 @@ pub(super) fn compute_us(tokens: u64, prefill_rate: u32) -> u64 {
 pub(super) fn transfer_us(tokens: u64, bytes_per_token: u32, link: LinkFigures) -> u64 {
     let bytes = tokens.saturating_mul(u64::from(bytes_per_token));
     quotient(bytes.saturating_mul(1_000_000), link.bytes_per_s_or_guess())
+}
+
+/// What a token below the pool takes to be in it, nanoseconds: as measured by its node, or guessed for one
+/// that lies there and was never asked for. No longer than computing it, which a replica does where its
+/// disk is slower.
+pub(super) fn raise_ns_per_token(load: &ReplicaLoad) -> u64 {
+    let ns = match load.below_ns_per_token {
+        0 => u64::from(load.kv_bytes_per_token) * 1_000_000_000 / BELOW_BYTES_PER_S_GUESS,
+        ns => u64::from(ns),
+    };
+    ns.min(compute_us(1_000, load.prefill_rate))
+}
+
+/// So many tokens from below the pool.
+pub(super) fn raise_us(tokens: u64, ns_per_token: u64) -> u64 {
+    tokens.saturating_mul(ns_per_token) / 1_000
 }
 
 /// A cached beginning from one replica's pool to another's. Both take part between two steps only: each
@@ -182,6 +201,8 @@ pub(super) fn micros(duration: Duration) -> u64 {
 /// Prompt tokens per second of a replica that has measured nothing yet: low, so that measured ones
 /// are preferred, and high enough that it gets a request to measure.
 pub const PREFILL_RATE_GUESS: u32 = 200;
+/// Of a disk that nothing came from yet: a solid one of the plainer kind.
+const BELOW_BYTES_PER_S_GUESS: u64 = 500_000_000;
 /// Verifying and attaching the last blocks of a hand-off.
 const COMMIT_US: u64 = 2_000;
 /// Tokens that a prefill computes before their keys and values leave: a step's.

@@ -91,6 +91,8 @@ pub struct Candidate {
     pub load: ReplicaLoad,
     /// The beginning of the prompt that it has cached, as far as is known.
     pub overlap_tokens: u64,
+    /// Of them, those that lie below its pool.
+    pub below_tokens: u64,
     pub rank: Rank,
     pub parts: CostParts,
 }

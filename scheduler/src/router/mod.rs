@@ -60,6 +60,8 @@ pub struct ReplicaLoad {
     pub decode_step_us: u32,
     /// Keys and values of one token, in bytes.
     pub kv_bytes_per_token: u32,
+    /// What a token that lies below the pool takes to be in it, nanoseconds; 0 if none was brought up yet.
+    pub below_ns_per_token: u32,
     pub kv_blocks_free: u32,
     pub kv_blocks: u32,
     /// What its node is there for.
@@ -77,6 +79,8 @@ pub struct Ask<'a> {
     pub output_tokens: u64,
     /// How many of the prompt's first tokens each node has cached, as far as anybody knows.
     pub overlap_tokens: &'a BTreeMap<NodeId, u64>,
+    /// How many of these, the last of them, lie below the node's pool.
+    pub below_tokens: &'a BTreeMap<NodeId, u64>,
     /// Nodes that failed this request already.
     pub excluded: &'a [NodeId],
     /// Nodes that membership suspects: asked only if no other can be, since they may well be healthy.
@@ -423,5 +427,7 @@ impl Router {
     }
 }
 
+/// For where nothing lies below any pool.
+pub static NOTHING_BELOW: BTreeMap<NodeId, u64> = BTreeMap::new();
 /// Replicas kept of one node's report; more are not looked at.
 pub const REPLICAS_PER_NODE_MAX: usize = 256;

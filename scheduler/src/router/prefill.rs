@@ -16,7 +16,9 @@ use std::collections::BTreeMap;
 use protocol::node_record::NodeRole;
 use protocol::{Instant, NodeId, RequestId};
 
-use super::cost::{compute_us, fetch_us, hand_off_us, harm_us, is_gain, turn_us};
+use super::cost::{
+    compute_us, fetch_us, hand_off_us, harm_us, is_gain, raise_ns_per_token, raise_us, turn_us,
+};
 use super::decisions::Decided;
 use super::least::Least;
 use super::links::LinkFigures;
@@ -55,6 +57,8 @@ pub struct PrefillInputs<'a> {
     pub prompt_tokens: u64,
     /// The beginning of it that is in this node's cache.
     pub cached_tokens: u64,
+    /// How many of these, the last of them, lie below its pool.
+    pub below_tokens: u64,
     /// Keys and values of one token, in bytes; 0 if not known, and then nothing is moved.
     pub bytes_per_token: u32,
     /// Tokens of a block: less than that cannot be moved.
@@ -75,6 +79,8 @@ pub struct PrefillLoad {
     pub running: u64,
     /// Until it hears who wants blocks of it, or brings it some: it does between two steps.
     pub turn_us: u64,
+    /// What a token that lies below its pool takes to be in it.
+    pub raise_ns_per_token: u64,
 }
 
 /// A peer that could help.
@@ -85,6 +91,8 @@ pub struct PrefillPeer {
     pub load: PrefillLoad,
     /// The beginning of the prompt that it has cached.
     pub overlap_tokens: u64,
+    /// How many of these, the last of them, lie below its pool.
+    pub below_tokens: u64,
     /// The path from here to it.
     pub link: LinkFigures,
     /// Suspected, failing, draining, or its path is down: not asked.
@@ -101,6 +109,8 @@ pub struct PrefillOption {
     pub prefill: bool,
     /// Prompts before it, where it is computed.
     pub queue_us: u64,
+    /// Bringing up what lies below the pools, here and there.
+    pub raise_us: u64,
     /// Computing it.
     pub prefill_us: u64,
     /// Bringing it here, as far as the prefill does not hide it.
@@ -112,7 +122,10 @@ pub struct PrefillOption {
 impl PrefillOption {
     /// Until decoding can begin.
     pub fn ttft_us(&self) -> u64 {
-        self.queue_us.saturating_add(self.prefill_us).saturating_add(self.kv_us)
+        self.queue_us
+            .saturating_add(self.raise_us)
+            .saturating_add(self.prefill_us)
+            .saturating_add(self.kv_us)
     }
 
     /// Lower is better.
@@ -127,6 +140,8 @@ pub struct PrefillPlan {
     pub mode: Disagg,
     pub prompt_tokens: u64,
     pub cached_tokens: u64,
+    /// Of them, those below this node's pool.
+    pub below_tokens: u64,
     /// Whom to ask, the best first, and whether to prefill; at most [`SOURCES_MAX`]. Empty: nobody.
     pub sources: Vec<PlannedSource>,
     /// Doing it here, then what peers were weighed against it, the cheapest first; at most
@@ -197,6 +212,7 @@ pub fn plan_prefill(inputs: &PrefillInputs<'_>, config: &RouterConfig) -> Prefil
         mode: inputs.mode,
         prompt_tokens: inputs.prompt_tokens,
         cached_tokens: inputs.cached_tokens,
+        below_tokens: inputs.below_tokens,
         sources: sources.into_values().collect(),
         options: [here].into_iter().chain(options.into_values()).collect(),
         passed_over,
@@ -211,9 +227,13 @@ pub struct PrefillAsk<'a> {
     pub prompt_tokens: u64,
     /// The beginning of it that is in this node's cache.
     pub cached_tokens: u64,
+    /// How many of these, the last of them, lie below its pool.
+    pub cached_below_tokens: u64,
     pub block_tokens: u32,
     /// How many of its first tokens each node has cached, as far as anybody knows.
     pub overlap_tokens: &'a BTreeMap<NodeId, u64>,
+    /// How many of these, the last of them, lie below the node's pool.
+    pub below_tokens: &'a BTreeMap<NodeId, u64>,
     /// Nodes that membership suspects: not asked.
     pub suspected: &'a [NodeId],
 }
@@ -243,8 +263,10 @@ impl Router {
                     prefill_rate: load.prefill_rate,
                     running: u64::from(load.running),
                     turn_us: seat.turn_us,
+                    raise_ns_per_token: raise_ns_per_token(&load),
                 },
                 overlap_tokens: overlap_tokens.map_or(0, |(_, &tokens)| tokens),
+                below_tokens: ask.below_tokens.get(&id).copied().unwrap_or(0),
                 link: self.nodes.link(seat).unwrap_or_default(),
                 avoid: !load.ready || gate.asked_from > now || ask.suspected.contains(&id),
             });
@@ -253,6 +275,7 @@ impl Router {
             mode: self.config.disagg,
             prompt_tokens: ask.prompt_tokens,
             cached_tokens: ask.cached_tokens,
+            below_tokens: ask.cached_below_tokens,
             bytes_per_token: own.kv_bytes_per_token,
             block_tokens: ask.block_tokens,
             here: PrefillLoad {
@@ -260,6 +283,7 @@ impl Router {
                 prefill_rate: own.prefill_rate,
                 running: u64::from(own.running),
                 turn_us: turn_us(&own, &self.config),
+                raise_ns_per_token: raise_ns_per_token(&own),
             },
             peers: &peers,
         };
@@ -280,10 +304,23 @@ fn here(inputs: &PrefillInputs<'_>, config: &RouterConfig) -> PrefillOption {
         peer: None,
         prefill: false,
         queue_us: compute_us(inputs.here.queue_tokens, inputs.here.prefill_rate),
+        raise_us: raise_here_us(inputs),
         prefill_us,
         kv_us: 0,
         harm_us: harm_us(prefill_us, inputs.here.running, config),
     }
+}
+
+/// Until what this node has is in its pool, whichever way the rest comes.
+fn raise_here_us(inputs: &PrefillInputs<'_>) -> u64 {
+    let below = inputs.below_tokens.min(inputs.cached_tokens);
+    raise_us(below, inputs.here.raise_ns_per_token)
+}
+
+/// Until so many of the last tokens of what a peer has are in its pool, as far as they lie below it.
+fn raise_there_us(peer: &PrefillPeer, tokens: u64) -> u64 {
+    let below = peer.below_tokens.min(peer.overlap_tokens).min(tokens);
+    raise_us(below, peer.load.raise_ns_per_token)
 }
 
 /// Both ends of a transfer.
@@ -309,6 +346,7 @@ fn fetch(
         peer: Some(peer.node),
         prefill: false,
         queue_us: compute_us(inputs.here.queue_tokens, rate),
+        raise_us: raise_here_us(inputs).saturating_add(raise_there_us(peer, more)),
         prefill_us,
         kv_us: fetch_us(more, inputs.bytes_per_token, peer.link, turns_us),
         harm_us: harm_us(prefill_us, inputs.here.running, config),
@@ -340,6 +378,7 @@ fn remote(
         peer: Some(peer.node),
         prefill: true,
         queue_us: compute_us(peer.load.queue_tokens, peer.load.prefill_rate),
+        raise_us: raise_here_us(inputs).saturating_add(raise_there_us(peer, full)),
         prefill_us: prefill_us.saturating_add(rest_us),
         kv_us: hand_off_us(moved, inputs.bytes_per_token, peer.link, prefill_us)
             .saturating_add(turns_us(inputs, peer)),

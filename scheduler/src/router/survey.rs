@@ -11,7 +11,7 @@ use protocol::{Instant, NodeId, RequestId};
 use super::config::Policy;
 use super::cost::{
     CostParts, KvPath, compute_us, decode_us, fetch_us, hand_off_us, harm_us, is_gain, micros,
-    streams,
+    raise_ns_per_token, raise_us, streams,
 };
 use super::decisions::{Candidate, OTHERS_KEPT_MAX, Rank, Why};
 use super::least::Least;
@@ -68,6 +68,7 @@ struct Helpers {
 #[derive(Clone, Copy, Debug, Default)]
 struct Mark {
     overlap_tokens: u64,
+    below_tokens: u64,
     excluded: bool,
     suspected: bool,
 }
@@ -78,7 +79,10 @@ struct Open {
     /// Among those of the model.
     place: u32,
     overlap_tokens: u64,
+    below_tokens: u64,
     rank: Rank,
+    /// Until what lies below its pool is in it.
+    raise_us: u64,
     /// Of what it has not cached.
     prefill_us: u64,
     /// What the way there and the answer's own gaps cost, in any case.
@@ -115,6 +119,9 @@ struct Helper {
     /// What that costs those that decode there.
     harm_us: u64,
     turn_us: u64,
+    /// What lies below its pool, and what a token of that takes.
+    below_tokens: u64,
+    raise_ns_per_token: u64,
 }
 
 impl Two {
@@ -244,6 +251,9 @@ impl Survey {
         for (&node, &tokens) in ask.overlap_tokens {
             mark(node, &|mark| mark.overlap_tokens = tokens.min(most));
         }
+        for (&node, &tokens) in ask.below_tokens {
+            mark(node, &|mark| mark.below_tokens = tokens.min(mark.overlap_tokens));
+        }
         ask.excluded.iter().for_each(|&node| mark(node, &|mark| mark.excluded = true));
         ask.suspected.iter().for_each(|&node| mark(node, &|mark| mark.suspected = true));
     }
@@ -263,20 +273,31 @@ impl Survey {
                 continue;
             }
             let rank = scene.rank(seat, mark);
-            let overlap_tokens = mark.overlap_tokens;
+            let Mark { overlap_tokens, below_tokens, .. } = *mark;
+            let raise_ns_per_token = raise_ns_per_token(&seat.load);
+            let raise_us = raise_us(below_tokens, raise_ns_per_token);
             let left = ask.prompt_tokens - overlap_tokens;
             let prefill_us = compute_us(left, seat.load.prefill_rate);
             let harm_us = harm_us(prefill_us, streams(&seat.load), scene.config);
             if !rank.other_weights && !rank.suspected {
                 let Seat { queue_us, turn_us, .. } = *seat;
                 let link = || nodes.link(seat);
-                let helper = || Helper { link: link(), queue_us, prefill_us, harm_us, turn_us };
+                let helper = || Helper {
+                    link: link(),
+                    queue_us,
+                    prefill_us,
+                    harm_us,
+                    turn_us,
+                    below_tokens,
+                    raise_ns_per_token,
+                };
                 self.helpers.offer(seat, overlap_tokens, prefill_us, helper);
             }
             let gaps_us = decode_us(seat.gap_us, ask.output_tokens, scene.config);
             let base_us = gate.hop_us.saturating_add(gaps_us);
             let queued_us = base_us.saturating_add(seat.queue_us);
-            let here_us = queued_us.saturating_add(prefill_us).saturating_add(harm_us);
+            let work_us = raise_us.saturating_add(prefill_us).saturating_add(harm_us);
+            let here_us = queued_us.saturating_add(work_us);
             if seat.load.kv_bytes_per_token > 0 {
                 bytes_per_token = bytes_per_token.min(seat.load.kv_bytes_per_token);
             }
@@ -284,7 +305,9 @@ impl Survey {
             self.open.push(Open {
                 place,
                 overlap_tokens,
+                below_tokens,
                 rank,
+                raise_us,
                 prefill_us,
                 base_us,
                 queued_us,
@@ -352,13 +375,15 @@ impl Survey {
         let seat = scene.seat(open);
         let Gate { hop_us, .. } = *scene.nodes.gate(seat);
         let gaps_us = decode_us(seat.gap_us, ask.output_tokens, config);
-        let parts = |path, queue_us, kv_us, prefill_us, harm_us| {
+        // What comes from elsewhere continues what this replica has, which must be in its pool for that.
+        let parts = |path, queue_us, (raised_us, kv_us): (u64, u64), prefill_us, harm_us| {
             let decode_us = gaps_us.saturating_add(harm_us);
-            CostParts { path, queue_us, kv_us, prefill_us, hop_us, decode_us }
+            let raise_us = open.raise_us.saturating_add(raised_us);
+            CostParts { path, queue_us, raise_us, kv_us, prefill_us, hop_us, decode_us }
         };
         let path = if overlap > 0 { KvPath::Local } else { KvPath::Recompute };
         let harm = |prefill_us| harm_us(prefill_us, streams(&seat.load), config);
-        let here = parts(path, seat.queue_us, 0, prefill_us, harm(prefill_us));
+        let here = parts(path, seat.queue_us, (0, 0), prefill_us, harm(prefill_us));
         let bytes_per_token = seat.load.kv_bytes_per_token;
         // What is not known to weigh anything cannot be weighed.
         if bytes_per_token == 0 || rank.other_weights {
@@ -374,7 +399,9 @@ impl Survey {
             let kv_us = fetch_us(tokens - overlap, bytes_per_token, way, turns_us);
             let left_us = compute_us(ask.prompt_tokens - tokens, seat.load.prefill_rate);
             let path = KvPath::Fetch { from: *from };
-            let fetched = parts(path, seat.queue_us, kv_us, left_us, harm(left_us));
+            let from_below = helper.below_tokens.min(tokens - overlap);
+            let way_us = (raise_us(from_below, helper.raise_ns_per_token), kv_us);
+            let fetched = parts(path, seat.queue_us, way_us, left_us, harm(left_us));
             best = better(best, fetched, here, config);
         }
         let missing = ask.prompt_tokens - overlap;
@@ -386,7 +413,8 @@ impl Survey {
             let kv_us = hand_off_us(missing, bytes_per_token, way(link, helper.link), prefill_us)
                 .saturating_add(seat.turn_us.saturating_add(helper.turn_us));
             let path = KvPath::Remote { by: *by };
-            let remote = parts(path, queue_us, kv_us, prefill_us, harm_us);
+            let raised_us = raise_us(helper.below_tokens, helper.raise_ns_per_token);
+            let remote = parts(path, queue_us, (raised_us, kv_us), prefill_us, harm_us);
             best = better(best, remote, here, config);
         }
         best
@@ -443,9 +471,9 @@ fn unavailable(scene: &Scene<'_>, seat: &Seat, mark: &Mark) -> Unavailable {
 }
 
 fn candidate(scene: &Scene<'_>, scored: &Scored) -> Candidate {
-    let Open { overlap_tokens, rank, .. } = scored.open;
+    let Open { overlap_tokens, below_tokens, rank, .. } = scored.open;
     let Seat { node, load, .. } = *scene.seat(&scored.open);
-    Candidate { node, load, overlap_tokens, rank, parts: scored.parts }
+    Candidate { node, load, overlap_tokens, below_tokens, rank, parts: scored.parts }
 }
 
 /// The other way if it is cheaper, and by enough than doing it here.

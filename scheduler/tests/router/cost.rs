@@ -127,6 +127,59 @@ fn the_parts_of_an_estimate() {
     assert_eq!(parts.decode_us, (20_000 + 3 * 2_000) * 100 / 10 + 500_000 * 2 / 10);
 }
 
+/// What lies below a pool has its price, and where that is more than computing it costs, that one.
+#[test]
+fn what_lies_below_a_pool_is_dearer_than_what_is_in_it() {
+    let idle = movable(0, 0);
+    // 100 µs a token: a block of 16 in 1.6 ms.
+    let slow_disk = ReplicaLoad { below_ns_per_token: 100_000, ..idle };
+    let hung = ReplicaLoad { below_ns_per_token: u32::MAX, ..idle };
+    for (what, two, below, chosen, raise_us) in [
+        ("all in the pool", slow_disk, 0, 2, 0),
+        ("some on disk", slow_disk, 1000, 2, 100_000),
+        ("all on disk", slow_disk, 1900, 2, 190_000),
+        ("more than it has", slow_disk, u64::MAX, 2, 190_000),
+        ("a disk that hangs is computed around", hung, 1900, 1, 0),
+        // 12,288 bytes a token at 500 MB/s.
+        ("a disk that was never read", idle, 1000, 2, 24_576),
+    ] {
+        let overlap = overlaps(&[(2, 1900)]);
+        let below_tokens = overlaps(&[(2, below)]);
+        let ask = Ask {
+            prompt_tokens: 2000,
+            overlap_tokens: &overlap,
+            below_tokens: &below_tokens,
+            ..ask(1)
+        };
+        // No path is worth a fetch: a replica has what it has.
+        let mut router = mesh(&[(1, idle), (2, two)]);
+        (1..=2).for_each(|n| router.rtt(node(n), Duration::from_secs(1)));
+        assert_eq!(router.choose(at(10), &ask).unwrap().node, node(chosen), "{what}");
+        let decision = decided(&router, 1);
+        let both = decision.chosen.iter().chain(&decision.others);
+        let of = |n: u8| both.clone().find(|c| c.node == node(n)).unwrap();
+        let expect = if what.contains("hangs") { 1_900_000 } else { raise_us };
+        assert_eq!(of(2).parts.raise_us, expect, "{what}");
+        assert_eq!(of(2).below_tokens, below.min(1900), "{what}");
+    }
+    // Who fetches waits for the other's disk, too; as far as what it fetches lies there.
+    let overlap = overlaps(&[(1, 500), (2, 1500)]);
+    for (below, raise_us) in [(0, 0), (400, 40_000), (1500, 100_000)] {
+        let below_tokens = overlaps(&[(2, below)]);
+        let ask = Ask {
+            prompt_tokens: 2000,
+            overlap_tokens: &overlap,
+            below_tokens: &below_tokens,
+            ..ask(1)
+        };
+        let busy = ReplicaLoad { prompt_tokens: 9000, ..slow_disk };
+        let mut router = mesh(&[(1, movable(2, 300)), (2, busy)]);
+        assert_eq!(router.choose(at(10), &ask).unwrap().node, node(1));
+        let parts = decided(&router, 1).chosen.unwrap().parts;
+        assert_eq!((parts.path, parts.raise_us), (KvPath::Fetch { from: node(2) }, raise_us));
+    }
+}
+
 #[test]
 fn a_prefix_does_not_drown_its_node() {
     // Two nodes, one prefix: everybody wants it from node 1, until that is no gain any more.

@@ -112,6 +112,7 @@ fn prompts_have_decisions_too() {
         mode: Disagg::Auto,
         prompt_tokens: 2000,
         cached_tokens: 0,
+        below_tokens: 0,
         bytes_per_token: 1,
         block_tokens: 16,
         here: PrefillLoad::default(),

@@ -36,6 +36,7 @@ fn ask(request: u128) -> Ask<'static> {
         prompt_tokens: 100,
         output_tokens: 100,
         overlap_tokens: &NO_OVERLAP,
+        below_tokens: &NO_OVERLAP,
         excluded: &[],
         suspected: &[],
         weights: None,

@@ -8,8 +8,13 @@ use scheduler::router::{
 };
 
 /// Idle, a thousand prompt tokens a second.
-const IDLE: PrefillLoad =
-    PrefillLoad { queue_tokens: 0, prefill_rate: 1000, running: 0, turn_us: 0 };
+const IDLE: PrefillLoad = PrefillLoad {
+    queue_tokens: 0,
+    prefill_rate: 1000,
+    running: 0,
+    turn_us: 0,
+    raise_ns_per_token: 100_000,
+};
 
 /// A gigabyte a second, a millisecond.
 const FAST: LinkFigures =
@@ -21,6 +26,7 @@ fn peer(n: u8) -> PrefillPeer {
         role: NodeRole::Both,
         load: IDLE,
         overlap_tokens: 0,
+        below_tokens: 0,
         link: FAST,
         avoid: false,
     }
@@ -35,6 +41,7 @@ fn inputs<'a>(here: PrefillLoad, peers: &'a [PrefillPeer]) -> PrefillInputs<'a> 
         mode: Disagg::Auto,
         prompt_tokens: 2000,
         cached_tokens: 0,
+        below_tokens: 0,
         bytes_per_token: 12_288,
         block_tokens: 16,
         here,
@@ -85,7 +92,8 @@ fn the_rule_by_hand() {
     // Here: 1,000 queued + 2,000 to compute at 1,000 a second, 4 streams that wait for the 2,000.
     let here = PrefillLoad { queue_tokens: 1000, running: 4, turn_us: 20_000, ..IDLE };
     // There: 100 queued, 4,000 a second; 24.6 MB at 20 MB/s take longer than the prefill.
-    let load = PrefillLoad { queue_tokens: 100, prefill_rate: 4000, running: 1, turn_us: 5_000 };
+    let load =
+        PrefillLoad { queue_tokens: 100, prefill_rate: 4000, running: 1, turn_us: 5_000, ..IDLE };
     let link = LinkFigures { bytes_per_s: Some(20_000_000), ..FAST };
     let peers = [PrefillPeer { load, link, ..peer(1) }];
     let plan = plan_prefill(&inputs(here, &peers), &config());
@@ -103,6 +111,28 @@ fn the_rule_by_hand() {
     let peers = [PrefillPeer { link: FAST, ..peers[0] }];
     let plan = plan_prefill(&inputs(here, &peers), &config());
     assert_eq!(plan.options[1].kv_us, 512 * 12_288 / 1000 + 3_000 + 25_000);
+}
+
+/// By hand: 100 µs for each token that lies below a pool.
+#[test]
+fn what_lies_below_a_pool_is_brought_up_first() {
+    let theirs = PrefillPeer { overlap_tokens: 1600, ..peer(1) };
+    let check = |(cached, below), there, expect: [u64; 2]| {
+        let peers = [PrefillPeer { below_tokens: there, ..theirs }];
+        let inputs = PrefillInputs { below_tokens: below, ..inputs_with(cached, &peers) };
+        let inputs = PrefillInputs { mode: Disagg::Never, ..inputs };
+        let plan = plan_prefill(&inputs, &config());
+        let [local, fetch] = plan.options[..] else { panic!("{plan:?}") };
+        assert_eq!([local.raise_us, fetch.raise_us], expect, "{cached} {below} {there}");
+        assert_eq!(local.ttft_us(), local.raise_us + local.prefill_us);
+        assert_eq!(plan.below_tokens, below);
+    };
+    check((0, 0), 0, [0, 0]);
+    check((320, 320), 0, [32_000, 32_000]);
+    check((320, 160), 800, [16_000, 96_000]);
+    // no more than what is asked for, or than is there
+    check((1440, 0), 1600, [0, 16_000]);
+    check((320, 1_000), u64::MAX, [32_000, 32_000 + 128_000]);
 }
 
 #[test]
@@ -192,10 +222,12 @@ fn bounds() {
         prefill_rate: 1,
         running: u64::MAX,
         turn_us: u64::MAX,
+        raise_ns_per_token: u64::MAX,
     };
     let wild = PrefillPeer {
         load: huge,
         overlap_tokens: u64::MAX,
+        below_tokens: u64::MAX,
         link: LinkFigures { rtt: Some(Duration::MAX), bytes_per_s: Some(0) },
         ..peer(1)
     };

@@ -152,13 +152,25 @@ impl Plain {
             node,
             load,
             overlap_tokens: overlap.min(ask.prompt_tokens - 1),
+            below_tokens: {
+                let below = ask.below_tokens.get(&node).copied().unwrap_or(0);
+                below.min(overlap).min(ask.prompt_tokens - 1)
+            },
             rank: Rank {
                 other_weights: Some(load.weights) != weights,
                 suspected: ask.suspected.contains(&node),
                 prefill_only: load.role == NodeRole::Prefill,
                 overloaded: crowded || queue_us > micros(self.config.queue_max),
             },
-            parts: CostParts { path, queue_us, kv_us: 0, prefill_us: 0, hop_us: 0, decode_us: 0 },
+            parts: CostParts {
+                path,
+                queue_us,
+                raise_us: 0,
+                kv_us: 0,
+                prefill_us: 0,
+                hop_us: 0,
+                decode_us: 0,
+            },
         }
     }
 
@@ -177,9 +189,18 @@ impl Plain {
             true => 0,
             false => micros(config.hop_cost + self.nodes[&c.node].link.rtt.unwrap_or_default()),
         };
-        let parts = |path, queue_us, kv_us, prefill_us, beside: u64| CostParts {
+        let raise = |o: &Candidate, tokens: u64| {
+            let ns = match o.load.below_ns_per_token {
+                0 => u64::from(o.load.kv_bytes_per_token) * 2,
+                ns => u64::from(ns),
+            };
+            o.below_tokens.min(tokens) * ns.min(compute_us(1_000, o.load.prefill_rate)) / 1_000
+        };
+        let own_raise = raise(c, u64::MAX);
+        let parts = |path, queue_us, (raised, kv_us), prefill_us, beside: u64| CostParts {
             path,
             queue_us,
+            raise_us: own_raise + raised,
             kv_us,
             prefill_us,
             hop_us,
@@ -189,7 +210,7 @@ impl Plain {
         let own_prefill =
             |c: &Candidate| compute_us(ask.prompt_tokens - c.overlap_tokens, c.load.prefill_rate);
         let path = if c.overlap_tokens > 0 { KvPath::Local } else { KvPath::Recompute };
-        let here = parts(path, queue_us(c), 0, own_prefill(c), streams(&c.load));
+        let here = parts(path, queue_us(c), (0, 0), own_prefill(c), streams(&c.load));
         if c.load.kv_bytes_per_token == 0 || c.rank.other_weights {
             return here;
         }
@@ -223,6 +244,7 @@ impl Plain {
             let kv = kv + turn(&c.load) + turn(&most.load);
             let left = compute_us(ask.prompt_tokens - most.overlap_tokens, c.load.prefill_rate);
             let path = KvPath::Fetch { from: most.node };
+            let kv = (raise(most, moved), kv);
             ways.push(parts(path, queue_us(c), kv, left, streams(&c.load)));
         }
         let missing = ask.prompt_tokens - c.overlap_tokens;
@@ -238,6 +260,7 @@ impl Plain {
             let kv = kv.max(transfer(missing.min(512), way)) + micros(way.rtt_or_guess()) + 2_000;
             let kv = kv + turn(&c.load) + turn(&by.load);
             let path = KvPath::Remote { by: by.node };
+            let kv = (raise(by, u64::MAX), kv);
             ways.push(parts(path, queue_us(by), kv, prefill, streams(&by.load)));
         }
         let gain =
@@ -287,6 +310,7 @@ fn drawn_load(random: &mut Random) -> ReplicaLoad {
         weights: of(&[7, 7, 7, 7, 7, 8]),
         decode_step_us: of(&[0, 20_000, 20_000, 3_456]) as u32,
         kv_bytes_per_token: of(&[0, 12_288, 12_288, 12_288]) as u32,
+        below_ns_per_token: of(&[0, 60_000, 900_000, 9_000_000]) as u32,
         kv_blocks_free: of(&[10, 900]) as u32,
         kv_blocks: 1_000,
         role: NodeRole::ALL[of(&[0, 0, 0, 1, 2]) as usize],
@@ -322,6 +346,10 @@ fn run(seed: u64) {
         let overlap = some(&mut random, 4);
         let overlap: BTreeMap<NodeId, u64> =
             overlap.into_iter().map(|id| (id, [16, 500, 1_999, 2_500][random.below(4)])).collect();
+        let below: BTreeMap<NodeId, u64> = some(&mut random, 4)
+            .into_iter()
+            .map(|id| (id, [16, 400, 1_999, 9_999][random.below(4)]))
+            .collect();
         let rarely = random.below(6) == 0;
         let (excluded, suspected) = match rarely {
             true => (some(&mut random, 3), some(&mut random, 3)),
@@ -331,6 +359,7 @@ fn run(seed: u64) {
         let ask = Ask {
             prompt_tokens,
             overlap_tokens: &overlap,
+            below_tokens: &below,
             excluded: &excluded,
             suspected: &suspected,
             weights: (random.below(8) == 0).then_some([7, 8, 9][random.below(3)]),

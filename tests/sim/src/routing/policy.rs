@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use cache::BLOCK_TOKENS_DEFAULT;
 use protocol::{Duration, Instant, NodeId, RequestId};
 use scheduler::router::{
-    Ask, DecisionStats, Disagg, Outcome, Policy, PrefillAsk, ReplicaLoad, Router, RouterConfig,
+    Ask, DecisionStats, Disagg, NOTHING_BELOW, Outcome, Policy, PrefillAsk, ReplicaLoad, Router,
+    RouterConfig,
 };
 
 use super::{BEGAN, HOP_US, node_id};
@@ -53,6 +54,7 @@ impl Ingress {
             prompt_tokens: wanted.prompt_tokens,
             output_tokens: OUTPUT_GUESS,
             overlap_tokens: &wanted.overlap_tokens,
+            below_tokens: &NOTHING_BELOW,
             excluded: &[],
             suspected: &[],
             weights: None,
@@ -82,8 +84,10 @@ impl Ingress {
             model: MODEL,
             prompt_tokens: lengths.0 as u64,
             cached_tokens: lengths.1 as u64,
+            cached_below_tokens: 0,
             block_tokens: BLOCK_TOKENS_DEFAULT as u32,
             overlap_tokens,
+            below_tokens: &NOTHING_BELOW,
             suspected: &[],
         };
         let plan = self.router.plan_prefill(now, &ask)?;
