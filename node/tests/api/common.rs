@@ -155,6 +155,7 @@ impl Core for Script {
             block_time_below: Duration::ZERO,
             preemptions: 0,
             tiers: None,
+            block_time_below: Duration::ZERO,
         }
     }
 }
