@@ -279,7 +279,7 @@ impl Forwarding {
         let head = ForwardReply::from_bytes(&bytes).map_err(|_| unreadable())?;
         if head.is_stream() {
             let mut rest = Source::Peer(stream);
-            let body = match rest.next().await? {
+            let body = match rest.next(left).await? {
                 Some(first) => AnswerBody::Stream { first, rest },
                 None => AnswerBody::Whole(Bytes::new()),
             };

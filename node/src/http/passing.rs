@@ -5,7 +5,6 @@
 //! a model, computes the keys and values of prompt and journal anew, and goes on with the next event.
 //! Its draws are the same, since they depend on nothing but the request and the token's index.
 
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,7 +17,6 @@ use protocol::NodeId;
 use protocol::api::{ApiError, ErrorCode};
 use protocol::journal::{Entry, JOURNAL_BYTES_MAX, StreamPart};
 use scheduler::router::Outcome;
-use tokio::time::Sleep;
 
 use super::forward::{Answer, AnswerBody, Failed, Forwarding, SoFar};
 use super::{Journal, sse};
@@ -33,9 +31,9 @@ pub(super) enum Source {
 
 impl Source {
     /// The next part; `None` at the end.
-    pub async fn next(&mut self) -> Result<Option<StreamPart>, CallError> {
+    pub async fn next(&mut self, within: Duration) -> Result<Option<StreamPart>, CallError> {
         match self {
-            Source::Peer(stream) => part_of(stream).await,
+            Source::Peer(stream) => part_of(stream, within).await,
             Source::Here(body, journal) => loop {
                 // The handlers' bodies cannot fail: they end with an event that says why, also at the
                 // request's deadline.
@@ -50,11 +48,14 @@ impl Source {
 }
 
 /// Puts a part together from its pieces.
-async fn part_of(stream: &mut CallStream) -> Result<Option<StreamPart>, CallError> {
+async fn part_of(
+    stream: &mut CallStream,
+    within: Duration,
+) -> Result<Option<StreamPart>, CallError> {
     let unreadable = |stream: &CallStream| CallError::Unexpected { node: stream.peer(), kind: 0 };
     let mut whole: Option<StreamPart> = None;
     loop {
-        let piece = match stream.heard().await? {
+        let piece = match stream.next(within).await? {
             Heard::Part(bytes) => StreamPart::from_bytes(&bytes).map_err(|_| unreadable(stream))?,
             Heard::Reply(_) if whole.is_none() => return Ok(None),
             Heard::Reply(_) | Heard::End => return Err(unreadable(stream)),
@@ -95,8 +96,6 @@ struct Running {
     over: BoxFuture<'static, Broken>,
     /// Between its parts, of late. After twice as long it is looked after.
     usual: Duration,
-    /// Ends when somebody may have to look. One for all parts, as above: it ends now and then for nothing.
-    look: Pin<Box<Sleep>>,
 }
 
 impl Running {
@@ -112,8 +111,7 @@ impl Running {
                 }
             }),
         };
-        let look = Box::pin(tokio::time::sleep(QUIET_MIN));
-        Running { node, source, over, usual: Duration::ZERO, look }
+        Running { node, source, over, usual: Duration::ZERO }
     }
 }
 
@@ -186,20 +184,14 @@ impl Passing {
     }
 
     async fn next(&mut self) -> Result<Option<StreamPart>, Broken> {
-        let deadline = self.request.caller.deadline;
-        let Some(Running { node, source, over, usual, look }) = &mut self.running else {
+        let left = self.request.caller.deadline.saturating_duration_since(Instant::now());
+        let Some(Running { node, source, over, usual }) = &mut self.running else {
             return Err(Broken::Ingress);
         };
         let asked = Instant::now();
         let mut quiet = (*usual * 2).clamp(QUIET_MIN, QUIET_MAX);
-        let mut due = match source {
-            Source::Here(..) => deadline,
-            Source::Peer(_) => deadline.min(asked + quiet),
-        };
-        if look.deadline().into_std() > due {
-            look.as_mut().reset(due.into());
-        }
-        let part = source.next();
+        let is_here = matches!(source, Source::Here(..));
+        let part = source.next(left);
         tokio::pin!(part);
         loop {
             tokio::select! {
@@ -209,20 +201,12 @@ impl Passing {
                     *usual = (*usual * 7 + asked.elapsed()) / 8;
                     return part.map_err(|error| Broken::There(error.to_string()));
                 }
-                () = look.as_mut() => {}
+                () = tokio::time::sleep(quiet), if !is_here => {}
             }
-            let now = Instant::now();
-            if now >= deadline {
-                return Err(Broken::There("its time is over".to_owned()));
-            }
-            if now >= due {
-                // Its connection ends with it, and the part with that.
-                let (roster, node) = (self.request.roster.clone(), *node);
-                tokio::spawn(async move { roster.look_after(node).await });
-                quiet = (quiet * 2).min(QUIET_MAX);
-                due = deadline.min(now + quiet);
-            }
-            look.as_mut().reset(due.into());
+            // Its connection ends with it, and the part with that.
+            let (roster, node) = (self.request.roster.clone(), *node);
+            tokio::spawn(async move { roster.look_after(node).await });
+            quiet = (quiet * 2).min(QUIET_MAX);
         }
     }
 
@@ -338,8 +322,9 @@ impl Passing {
             let why = format!("it answered with status {}", response.status());
             return Err((Outcome::Ended, why));
         }
+        let left = self.request.caller.deadline.saturating_duration_since(Instant::now());
         let mut source = Source::Here(response.into_body(), journal);
-        match source.next().await {
+        match source.next(left).await {
             Ok(Some(first)) => Ok((Some(first), Some(source))),
             Ok(None) => Ok((None, None)),
             Err(error) => Err((Outcome::Ended, error.to_string())),

@@ -144,6 +144,10 @@ impl Connections {
     /// A member's connection has begun: if nobody carries it, those that somebody carries end soon.
     pub(super) fn retire_carried(self: &Arc<Self>, connection: &Connection) {
         if is_carried(connection.link.address()) {
+            let mut once = self.carried_once.lock().unwrap_or_else(PoisonError::into_inner);
+            if once.len() < CARRIED_ONCE_MAX {
+                once.insert(connection.link.peer());
+            }
             return;
         }
         for old in self.of(connection.link.peer()) {
@@ -161,6 +165,11 @@ impl Connections {
                 });
             }
         }
+    }
+
+    /// Whether somebody has carried between this node and a member.
+    pub(super) fn was_carried(&self, node: NodeId) -> bool {
+        self.carried_once.lock().unwrap_or_else(PoisonError::into_inner).contains(&node)
     }
 
     /// A member is gone: whatever it carried ends, for this node and for others.
@@ -188,6 +197,8 @@ fn send(connection: &Connection, parcel: &Parcel<'_>) -> bool {
 
 /// Members that are asked to carry, one after the other, for one connection.
 const CARRIERS_ASKED_MAX: usize = 8;
+/// Members of whom it is remembered that others carried to them; of more it is not.
+const CARRIED_ONCE_MAX: usize = 1024;
 const ASK_TIMEOUT: Duration = Duration::from_secs(2);
 /// Time for the streams on a carried connection to end. Too small: they break, and go on elsewhere. Too
 /// large: the carrier carries keep-alives.

@@ -1,6 +1,6 @@
 //! Connections of members: admitted, served, counted and cut off.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -24,6 +24,7 @@ use super::identity::{Identity, Standing};
 use super::limits::{MeshCounters, MeshLimits};
 use super::quic::{Endpoint, Link, Plane};
 use super::rpc::{CODE_METHOD, Call, CallStream, ECHO, Request, TRUST, TRUST_DIGEST};
+use super::traffic::Traffic;
 
 /// Why a connection is closed, as the peer sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,6 +88,8 @@ pub(super) struct Connections {
     pub news: tokio::sync::Notify,
     /// For whom this node carries packets.
     pub carrying: Mutex<Carrying>,
+    /// To whom others have carried.
+    pub carried_once: Mutex<BTreeSet<NodeId>>,
     start: Instant,
     handshakes: AtomicUsize,
     table: Mutex<Table>,
@@ -94,6 +97,8 @@ pub(super) struct Connections {
 
 struct Table {
     peers: BTreeMap<NodeId, Vec<Arc<Connection>>>,
+    /// Of connections that have ended.
+    ended: Traffic,
     banned: BTreeMap<NodeId, Instant>,
     by_address: Attempts<IpAddr>,
     by_token: Attempts<InviteId>,
@@ -129,6 +134,7 @@ impl Connections {
         };
         let table = Table {
             peers: BTreeMap::new(),
+            ended: Traffic::default(),
             banned: BTreeMap::new(),
             by_address: Attempts::new(config),
             by_token: Attempts::new(config),
@@ -138,6 +144,7 @@ impl Connections {
             identity,
             endpoint,
             carrying,
+            carried_once: Mutex::default(),
             limits,
             counters,
             service,
@@ -411,8 +418,10 @@ impl Connections {
         let of_peer = table.peers.entry(node).or_default();
         let is_first = of_peer.is_empty();
         of_peer.push(connection.clone());
-        while of_peer.len() > self.limits.connections_per_peer.max(1) {
-            of_peer.remove(0).link.close(CloseCode::Replaced as u32, "replaced by a newer one");
+        // They leave the table when they have ended.
+        let surplus = of_peer.len().saturating_sub(self.limits.connections_per_peer.max(1));
+        for old in &of_peer[..surplus] {
+            old.link.close(CloseCode::Replaced as u32, "replaced by a newer one");
         }
         drop(table);
         if is_first {
@@ -456,6 +465,7 @@ impl Connections {
             }
         }
         let mut table = self.lock();
+        table.ended += Traffic::of(&connection.link);
         let gone = match table.peers.get_mut(&node) {
             Some(of_peer) => {
                 of_peer.retain(|c| !Arc::ptr_eq(c, &connection));
@@ -631,6 +641,16 @@ impl Connections {
 
     pub fn every(&self) -> Vec<Arc<Connection>> {
         self.lock().peers.values().flatten().cloned().collect()
+    }
+
+    /// Of all connections since the start.
+    pub fn traffic(&self) -> Traffic {
+        let table = self.lock();
+        let mut all = table.ended;
+        for connection in table.peers.values().flatten() {
+            all += Traffic::of(&connection.link);
+        }
+        all
     }
 
     /// Every connection to a member.

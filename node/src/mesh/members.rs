@@ -13,6 +13,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
+use protocol::identity::join::Contact;
 use protocol::membership::{
     Addresses, Destination, MemberState, Membership, MembershipConfig, MembershipConfigError,
     MembershipEvent, MembershipInput, MembershipOutput, MembershipStats,
@@ -247,7 +248,13 @@ impl Shell {
                 let addresses = contact.as_slice();
                 // Another connection to who is connected already would end the oldest one, and with it
                 // the streams on it.
-                let connected = self.mesh.peer_at(addresses);
+                let connected = self.mesh.peer_at(addresses).or_else(|| {
+                    // Who has another address by now may have been found there.
+                    let contacts = self.mesh.identity().contacts(None);
+                    let is_it = |c: &Contact| c.addresses.iter().any(|at| addresses.contains(at));
+                    let found = contacts.into_iter().find(is_it)?;
+                    self.mesh.link(found.node).map(|_| found.node)
+                });
                 if connected.is_some_and(|node| self.mesh.send_datagram(node, bytes.clone())) {
                     return;
                 }
@@ -324,12 +331,28 @@ async fn dial_all(mesh: Mesh, mut wanted: mpsc::Receiver<Dial>) {
         }
         let (mesh, under_way) = (mesh.clone(), under_way.clone());
         tokio::spawn(async move {
-            for address in addresses {
-                let connected = mesh.connect(address, node);
-                if let Ok(Ok(node)) = tokio::time::timeout(DIAL_TIMEOUT, connected).await {
-                    mesh.send_datagram(node, bytes);
-                    break;
+            let direct = async {
+                for address in addresses {
+                    let connected = mesh.connect(address, node);
+                    if let Ok(Ok(node)) = tokio::time::timeout(DIAL_TIMEOUT, connected).await {
+                        return Some(node);
+                    }
                 }
+                None
+            };
+            // Members that are dead here are dialled for a day: others are asked only for those whom they
+            // carried once.
+            let carried = async {
+                let node = node.filter(|&node| mesh.was_carried(node))?;
+                mesh.connect_carried(node).await.ok().map(|()| node)
+            };
+            let reached = tokio::select! {
+                Some(node) = direct => Some(node),
+                Some(node) = carried => Some(node),
+                else => None,
+            };
+            if let Some(node) = reached {
+                mesh.send_datagram(node, bytes);
             }
             under_way.lock().unwrap_or_else(PoisonError::into_inner).remove(&first);
         });

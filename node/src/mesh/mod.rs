@@ -27,10 +27,10 @@ mod reach;
 mod roster;
 mod rpc;
 mod running;
-mod runtime;
 mod samples;
 mod store;
 mod tls;
+mod traffic;
 mod udp;
 mod upkeep;
 

@@ -28,7 +28,6 @@ use tokio_util::sync::CancellationToken;
 use super::carried::{Carried, Leaving};
 use super::limits::{MeshCounters, MeshLimits};
 use super::random;
-use super::runtime::Runtime;
 use super::tls::{self, Tls};
 use super::udp::Socket;
 
@@ -383,6 +382,10 @@ impl Link {
         bytes.len() <= room && self.connection.send_datagram(bytes).is_ok()
     }
 
+    pub(super) fn stats(&self) -> quinn::ConnectionStats {
+        self.connection.stats()
+    }
+
     /// Bytes that fit into one datagram; `None` if the peer takes none.
     pub(super) fn datagram_room(&self) -> Option<usize> {
         self.connection.max_datagram_size()
@@ -442,7 +445,8 @@ fn quinn_endpoint(
 ) -> std::io::Result<quinn::Endpoint> {
     let mut config = quinn::EndpointConfig::default();
     config.cid_generator(|| Box::new(ConnectionIds));
-    quinn::Endpoint::new_with_abstract_socket(config, server, Arc::new(socket), Arc::new(Runtime))
+    let runtime = Arc::new(quinn::TokioRuntime);
+    quinn::Endpoint::new_with_abstract_socket(config, server, Arc::new(socket), runtime)
 }
 
 /// Before a peer is admitted it may open one stream, for the greeting or a join. The receive window of
@@ -488,9 +492,9 @@ const INITIAL_RTT: Duration = Duration::from_millis(100);
 /// new one (which does not understand it). Too large: each packet of an idle mesh pays.
 const CONNECTION_ID_BYTES: usize = 4;
 /// Packets that the other side may take without acknowledging them at once; then after 25 ms at the
-/// latest. Too small: streams of tokens pay a packet back for some tokens, before they pass these on.
+/// latest. Too small: streams of tokens pay a packet back for each second token, before they pass it on.
 /// Too large: whoever may send only a few packets at first (ten, RFC 9002) waits for those 25 ms.
-const PACKETS_WITHOUT_ACK_MAX: u32 = 8;
+const PACKETS_WITHOUT_ACK_MAX: u32 = 4;
 /// Connections of the overlay that wait for it; more are closed and their diallers come again.
 const OVERLAY_LINKS_MAX: usize = 64;
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);

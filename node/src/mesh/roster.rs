@@ -385,17 +385,55 @@ impl Roster {
         unheard.map(NodeId::short).collect()
     }
 
-    /// Connects to a member unless it is connected. Where that fails the overlay looks for a way, for
-    /// the next time.
+    /// Connects to a member unless it is connected: at its addresses or, if that takes long or fails, over
+    /// another member. Where nothing helps the overlay looks for a way, for the next time.
     pub(crate) async fn connect(&self, node: NodeId) -> Result<(), String> {
         let Some(started) = self.started.get() else { return Err("not started".to_owned()) };
         if started.mesh.link(node).is_some() {
             return Ok(());
         }
-        let reach = started.reach.as_ref();
+        let direct = self.connect_direct(started, node);
+        tokio::pin!(direct);
+        let failed = tokio::time::timeout(CARRIED_AFTER, &mut direct).await;
+        let why = match failed {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(why)) => Some(why),
+            Err(_) => None,
+        };
+        if let Some(reach) = &started.reach {
+            reach.want(node);
+        }
+        let carried = started.mesh.connect_carried(node);
+        let carried = tokio::time::timeout(CONNECT_CARRIED_TIMEOUT, carried);
+        tokio::pin!(carried);
+        let (why, carried) = match why {
+            Some(why) => (why, carried.await),
+            None => tokio::select! {
+                connected = &mut direct => match connected {
+                    Ok(()) => return Ok(()),
+                    Err(why) => (why, carried.await),
+                },
+                carried = &mut carried => match carried {
+                    Ok(Ok(())) => return Ok(()),
+                    nobody => match direct.await {
+                        Ok(()) => return Ok(()),
+                        Err(why) => (why, nobody),
+                    },
+                },
+            },
+        };
+        match carried {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(nobody)) => Err(format!("{why}; {nobody}")),
+            Err(_) => Err(format!("{why}; nobody carried in time")),
+        }
+    }
+
+    /// Dials a member's addresses, one after the other.
+    async fn connect_direct(&self, started: &Started, node: NodeId) -> Result<(), String> {
         let mut addresses = self.lock().addresses.get(&node).cloned().unwrap_or_default();
         // Where a hole is open.
-        if let Some(at) = reach.and_then(|reach| reach.direct(node)) {
+        if let Some(at) = started.reach.as_ref().and_then(|reach| reach.direct(node)) {
             addresses.retain(|address| *address != at);
             addresses.insert(0, at);
         }
@@ -408,15 +446,7 @@ impl Roster {
                 Err(_) => why = format!("{address} did not answer in time"),
             }
         }
-        if let Some(reach) = reach {
-            reach.want(node);
-        }
-        let carried = started.mesh.connect_carried(node);
-        match tokio::time::timeout(CONNECT_CARRIED_TIMEOUT, carried).await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(nobody)) => Err(format!("{why}; {nobody}")),
-            Err(_) => Err(format!("{why}; nobody carried in time")),
-        }
+        Err(why)
     }
 
     /// Membership probes the node now.
@@ -453,6 +483,7 @@ impl Roster {
         drop(router);
         samples.extend(super::copies::samples(&self.journals));
         samples.extend(started.mesh.counters().samples());
+        samples.extend(started.mesh.traffic().samples());
         samples
     }
 
@@ -782,6 +813,9 @@ const METHOD: &str = "record";
 /// How often this node looks at itself and at who is there.
 const REFRESH: Duration = Duration::from_millis(250);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// Time for a member's own addresses before others are asked to carry. Too small: nodes on slow paths are
+/// carried for nothing. Too large: exchanges of records, which have two seconds, never come to it.
+const CARRIED_AFTER: Duration = Duration::from_secs(1);
 /// Several members may be asked to carry.
 const CONNECT_CARRIED_TIMEOUT: Duration = Duration::from_secs(6);
 /// As [`RecordsConfig::exchange_timeout`].

@@ -141,18 +141,15 @@ impl CallStream {
     /// What the other side says next, within a time.
     pub async fn next(&mut self, within: Duration) -> Result<Heard, CallError> {
         let node = self.peer;
-        tokio::time::timeout(within, self.heard())
-            .await
-            .unwrap_or(Err(CallError::Deadline { node, after: within }))
-    }
-
-    /// As [`next`](Self::next), for who has an own end of waiting.
-    pub async fn heard(&mut self) -> Result<Heard, CallError> {
-        let node = self.peer;
+        let deadline = tokio::time::Instant::now() + within;
         loop {
-            let frame = match self.reader.next(&self.rate).await {
+            let left = deadline.saturating_duration_since(tokio::time::Instant::now());
+            let frame = match self.reader.next_within(&self.rate, left).await {
                 Ok(Some(frame)) => frame,
                 Ok(None) => return Ok(Heard::End),
+                Err(StreamError::Timeout { .. }) => {
+                    return Err(CallError::Deadline { node, after: within });
+                }
                 Err(source) => return Err(CallError::Broken { node, source }),
             };
             return match frame.kind {

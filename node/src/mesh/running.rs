@@ -17,6 +17,7 @@ use super::identity::{Clock, Identity, IdentityError, Standing, system_clock};
 use super::limits::{MeshCounters, MeshLimits};
 use super::quic::{Endpoint, Link, LinkError};
 use super::rpc::{CallError, CallStream, Heard, Request};
+use super::traffic::Traffic;
 
 /// What a node is told about its mesh.
 pub struct MeshOptions {
@@ -167,6 +168,11 @@ impl Mesh {
         &self.connections.counters
     }
 
+    /// What connections with members have put on the wire.
+    pub(super) fn traffic(&self) -> Traffic {
+        self.connections.traffic()
+    }
+
     /// Members that are connected: node, address, round-trip time.
     pub fn peers(&self) -> Vec<(NodeId, SocketAddr, Duration)> {
         let all = self.connections.all();
@@ -203,6 +209,11 @@ impl Mesh {
             Some(node) => Ok(node),
             None => self.connections.connect(address, node).await,
         }
+    }
+
+    /// Whether somebody has carried between this node and a member since the start.
+    pub(super) fn was_carried(&self, node: NodeId) -> bool {
+        self.connections.was_carried(node)
     }
 
     /// Connects to a member over another one that both reach, unless it is connected.

@@ -152,7 +152,6 @@ impl Core for Script {
             prompt_tokens_left: 0,
             prompt_rate: 0,
             decode_step: Duration::ZERO,
-            block_time_below: Duration::ZERO,
             preemptions: 0,
             tiers: None,
             block_time_below: Duration::ZERO,
