@@ -162,7 +162,7 @@ pub(super) fn is_carried(address: SocketAddr) -> bool {
 fn number(address: SocketAddr) -> Option<u32> {
     let IpAddr::V4(ip) = address.ip().to_canonical() else { return None };
     let bits = u32::from(ip);
-    (bits >= FIRST && !ip.is_broadcast()).then_some(bits - FIRST)
+    (bits >= FIRST && !ip.is_broadcast()).then(|| bits - FIRST)
 }
 
 fn address(number: u32, is_ipv6: bool) -> SocketAddr {

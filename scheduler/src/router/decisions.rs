@@ -28,6 +28,8 @@ pub struct Decision {
 
 /// What was decided.
 #[derive(Clone, Debug, PartialEq)]
+// Nearly all are of the large kind, and a box would cost each an allocation.
+#[allow(clippy::large_enum_variant)]
 pub enum Decided {
     /// Which replica answers.
     Replica(ReplicaDecision),

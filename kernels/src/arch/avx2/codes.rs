@@ -45,7 +45,7 @@ pub(super) unsafe fn dots<
 ) -> [[__m256i; Q]; T] {
     let mut dots = [[_mm256_setzero_si256(); Q]; T];
     let mut sums = [[_mm256_setzero_si256(); Q]; T];
-    each_group!(G => if const { FROM <= G && G < TO } {
+    each_group!(G => if const { within(FROM, G, TO) } {
         // SAFETY: passed on.
         unsafe {
             match const { S::LAYOUT.bits } {
@@ -175,6 +175,10 @@ fn multiply_add_signed(weights: [__m256i; 2], x: __m256i, sum: &mut __m256i) {
             options(pure, nomem, nostack, preserves_flags),
         );
     }
+}
+
+const fn within(from: usize, group: usize, to: usize) -> bool {
+    from <= group && group < to
 }
 
 /// The code that means zero, as [`dots`] takes it.
