@@ -22,7 +22,7 @@ mod scalar;
 pub use activations::Activations;
 pub use matrix::{Matrix, PackError};
 
-pub(crate) use activations::{DIRECT_TOKENS, QuantBlock, SMALLEST, TILE};
+pub(crate) use activations::{DIRECT_TOKENS, QuantBlock, TILE};
 pub(crate) use layout::{Bits, Layout, PANEL, STEP, Shape, with_shape};
 
 #[cfg(target_arch = "aarch64")]

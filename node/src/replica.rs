@@ -449,8 +449,10 @@ impl Shell {
         for (part, work) in parts.into_iter().enumerate() {
             let (request, choices) = (work.request(), work.choices());
             // Another ingress has taken the request over: what the first one began ends here, and none of
-            // its events reaches the second.
-            if self.requests.remove(&request).is_some() {
+            // its events reaches the second. The first may still have the client, so it is told why.
+            if let Some(Open { events, part, .. }) = self.requests.remove(&request) {
+                let error = RequestError::TakenOver;
+                let _ = events.try_send((part, Event::Failed { choice: 0, error }));
                 self.core.cancel(now, request);
             }
             let said = match self.core.submit(now, work) {
@@ -592,8 +594,13 @@ mod tests {
         let (_, mut first) = ask().await.expect("taken");
         assert!(first.recv().await.is_some(), "it runs");
         let (_, mut second) = ask().await.expect("taken");
-        // Whatever was on its way, then the end: the node that asked first is not there any more.
-        while first.recv().await.is_some() {}
+        // Whatever was on its way, then the end.
+        let mut last = None;
+        while let Some((_, event)) = first.recv().await {
+            last = Some(event);
+        }
+        let taken_over = Event::Failed { choice: 0, error: RequestError::TakenOver };
+        assert_eq!(last, Some(taken_over), "it hears why");
         assert!(second.recv().await.is_some(), "it runs");
         assert_eq!(*told.lock().expect("not poisoned"), ["submit", "cancel", "submit"]);
         drop((second, handle));

@@ -145,6 +145,8 @@ pub enum RequestError {
     DeadlineExceeded,
     #[error("cancelled")]
     Cancelled,
+    #[error("the request was asked for once more, and its first answer ends here")]
+    TakenOver,
     #[error("max_tokens is 0: there is nothing to generate")]
     NothingToGenerate,
     #[error("{0} choices were asked for; at most {CHOICES_MAX} are served at once")]

@@ -36,6 +36,25 @@ pub(crate) struct QuantBlock {
 }
 
 impl QuantBlock {
+    /// A block without its codes, and what its inputs are multiplied with for them; nothing if they stay
+    /// zero. `largest` holds the bits of the largest magnitude: as integers, magnitudes are in the same
+    /// order, with the NaNs above infinity. A block with an infinity or a NaN gets a NaN as its scale,
+    /// so that the error shows in every output instead of hiding.
+    #[inline]
+    pub fn begin(largest: u32) -> (QuantBlock, Option<f32>) {
+        let mut block = QuantBlock::default();
+        let largest = f32::from_bits(largest);
+        if !largest.is_finite() {
+            block.scale = f32::NAN;
+            return (block, None);
+        }
+        if largest < SMALLEST {
+            return (block, None);
+        }
+        block.scale = largest / 127.0;
+        (block, Some(127.0 / largest))
+    }
+
     /// Keeps the sums of the first and last 16 codes in all forms that kernels want.
     #[inline]
     pub fn set_sums(&mut self, sums: [i32; 2]) {
@@ -181,21 +200,11 @@ fn quantize_row(values: &[f32], blocks: &mut [QuantBlock]) {
     }
 }
 
-/// Nearest even of `127 * value / largest magnitude`. A block with an infinity or a NaN gets a NaN
-/// as its scale, so that the error shows in every output instead of hiding.
+/// Nearest even of `127 * value / largest magnitude`.
 fn quantize_block(values: &[f32; STEP]) -> QuantBlock {
-    let mut block = QuantBlock::default();
     let largest = values.iter().fold(0, |max, v| (v.to_bits() & 0x7fff_ffff).max(max));
-    let largest = f32::from_bits(largest);
-    if !largest.is_finite() {
-        block.scale = f32::NAN;
-        return block;
-    }
-    if largest < SMALLEST {
-        return block;
-    }
-    block.scale = largest / 127.0;
-    let inverse = 127.0 / largest;
+    let (mut block, inverse) = QuantBlock::begin(largest);
+    let Some(inverse) = inverse else { return block };
     let mut sums = [0; 2];
     for (i, (v, code)) in values.iter().zip(&mut block.codes).enumerate() {
         *code = (v * inverse).round_ties_even() as i8;
@@ -228,7 +237,7 @@ impl Start {
 }
 
 /// Blocks below this magnitude are zero: their inverse would overflow.
-pub(crate) const SMALLEST: f32 = 1e-30;
+const SMALLEST: f32 = 1e-30;
 
 /// Values that a task quantizes: enough to be worth handing out.
 const VALUES_PER_TASK: usize = 8192;

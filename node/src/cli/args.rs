@@ -245,6 +245,9 @@ pub enum IsaName {
     Scalar,
     Avx2,
     Avx512,
+    Neon,
+    NeonDot,
+    NeonI8mm,
 }
 
 /// A running node.

@@ -331,7 +331,7 @@ impl Forwarding {
             self.roster.settle(node, self.caller.log.id, Outcome::Ended);
             return Response::from_parts(head, body);
         }
-        let source = Source::Here(body, journal);
+        let source = Source::Here(body, journal, node);
         let body = Passing::new(self, node, source, so_far, copy).into_body(None).await;
         Response::from_parts(head, body)
     }

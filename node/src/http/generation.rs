@@ -369,6 +369,8 @@ fn request_error(error: RequestError) -> ApiError {
         }
         RequestError::DeadlineExceeded => plain(ErrorCode::DeadlineExceeded),
         RequestError::Cancelled => plain(ErrorCode::Cancelled),
+        // Whoever has the client goes on from its journal.
+        RequestError::TakenOver => plain(ErrorCode::NodeLost),
         RequestError::NothingToGenerate => plain(ErrorCode::InvalidValue).at("max_tokens"),
         RequestError::TooManyChoices(_) => plain(ErrorCode::InvalidValue).at("n"),
         RequestError::BadStop(_) => plain(ErrorCode::InvalidValue).at("stop"),

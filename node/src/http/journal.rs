@@ -69,15 +69,27 @@ impl Journal {
         })
     }
 
-    /// Whether the stream failed because this node goes, so that another can go on with it.
-    pub fn is_abandoned(&self) -> bool {
-        self.edit(|fresh| fresh.failed == Some(ErrorCode::ShuttingDown))
+    /// Why the stream ended though it can go on elsewhere, if it did.
+    pub fn broken_off(&self) -> Option<&'static str> {
+        match self.edit(|fresh| fresh.failed) {
+            Some(ErrorCode::ShuttingDown) => Some("this node is shutting down"),
+            Some(ErrorCode::NodeLost) => Some(TAKEN_OVER),
+            _ => None,
+        }
+    }
+
+    /// Whether it ended because another node asked for it.
+    pub fn is_taken_over(&self) -> bool {
+        self.edit(|fresh| fresh.failed == Some(ErrorCode::NodeLost))
     }
 
     fn edit<T>(&self, change: impl FnOnce(&mut Fresh) -> T) -> T {
         change(&mut self.fresh.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
+
+/// The node that asked last has the stream; the one before goes on only if its client is still there.
+pub(super) const TAKEN_OVER: &str = "another node has asked for the same answer";
 
 /// What the replica needs of a journal, for each of `choices` choices. `None` if it names others.
 pub(super) fn resumed(before: &[Entry], choices: usize) -> Option<Vec<Resumed>> {

@@ -83,6 +83,11 @@ impl RequestLog {
         self.edit(|o| o.code = Some(code));
     }
 
+    /// The answer goes on after it had failed.
+    pub fn goes_on(&self) {
+        self.edit(|o| o.code = None);
+    }
+
     /// Tokens of prompt, of them cached, and of the answer.
     pub fn tokens(&self, prompt: u64, cached: u64, generated: u64) {
         self.edit(|o| o.tokens = Some((prompt, cached, generated)));

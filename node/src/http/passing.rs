@@ -19,14 +19,15 @@ use protocol::journal::{Entry, JOURNAL_BYTES_MAX, StreamPart};
 use scheduler::router::Outcome;
 
 use super::forward::{Answer, AnswerBody, Failed, Forwarding, SoFar};
+use super::journal::TAKEN_OVER;
 use super::{Journal, sse};
-use crate::mesh::{CallError, CallStream, Copy, Heard, QUIET_MAX, QUIET_MIN};
+use crate::mesh::{CODE_FAILED, CallError, CallStream, Copy, Heard, QUIET_MAX, QUIET_MIN};
 
 /// Where a stream's parts come from. Dropping it ends the request there.
 pub(super) enum Source {
     Peer(CallStream),
-    /// This node's own replica.
-    Here(Body, Arc<Journal>),
+    /// The replica of this node, which is named.
+    Here(Body, Arc<Journal>, NodeId),
 }
 
 impl Source {
@@ -34,14 +35,19 @@ impl Source {
     pub async fn next(&mut self, within: Duration) -> Result<Option<StreamPart>, CallError> {
         match self {
             Source::Peer(stream) => part_of(stream, within).await,
-            Source::Here(body, journal) => loop {
+            Source::Here(body, journal, node) => loop {
                 // The handlers' bodies cannot fail: they end with an event that says why, also at the
                 // request's deadline.
                 let Some(Ok(frame)) = body.frame().await else { return Ok(None) };
-                match frame.into_data() {
-                    Ok(text) if !text.is_empty() => return Ok(Some(journal.part(text))),
-                    _ => continue,
+                let Some(text) = frame.into_data().ok().filter(|text| !text.is_empty()) else {
+                    continue;
+                };
+                let part = journal.part(text);
+                if journal.is_taken_over() {
+                    let (node, message) = (*node, TAKEN_OVER.to_owned());
+                    return Err(CallError::Refused { node, code: CODE_FAILED, message });
                 }
+                return Ok(Some(part));
             },
         }
     }
@@ -85,6 +91,8 @@ pub(super) struct Passing {
     journal_bytes: usize,
     /// A token has come from who runs it now.
     has_token: bool,
+    /// How often it has gone on elsewhere.
+    moves: u32,
     ended: bool,
 }
 
@@ -123,8 +131,10 @@ impl Passing {
         so_far: SoFar,
         copy: Option<Copy>,
     ) -> Self {
-        let running = Some(Running::new(&request, node, source));
-        Passing { request, running, so_far, copy, journal_bytes: 0, has_token: false, ended: false }
+        let running = Running::new(&request, node, source);
+        let mut passing = Passing::resumed(request, so_far, copy);
+        passing.running = Some(running);
+        passing
     }
 
     /// A stream that nobody runs any more.
@@ -137,6 +147,7 @@ impl Passing {
             copy,
             journal_bytes,
             has_token: false,
+            moves: 0,
             ended: false,
         }
     }
@@ -251,6 +262,10 @@ impl Passing {
         if self.journal_bytes > JOURNAL_BYTES_MAX {
             return Err(lost("the answer is too long to go on elsewhere"));
         }
+        self.moves += 1;
+        if self.moves > MOVES_MAX {
+            return Err(lost("it has gone on elsewhere too often"));
+        }
         let until = self.request.caller.deadline.min(Instant::now() + GO_ON_WITHIN);
         let mut excluded: Vec<NodeId> = node.into_iter().collect();
         while Instant::now() < until {
@@ -279,6 +294,7 @@ impl Passing {
                     %request, node = %name, event = self.so_far.next_event, "goes on with the answer"
                 );
                 self.request.roster.settle(node, request, Outcome::Began);
+                self.request.caller.log.goes_on();
                 self.running = rest.map(|rest| Running::new(&self.request, node, rest));
                 self.has_token = false;
                 return Some(first);
@@ -294,7 +310,7 @@ impl Passing {
 
     async fn attempt(&mut self, node: NodeId) -> Result<Begun, (Outcome, String)> {
         if self.request.roster.is_own(node) {
-            return self.attempt_here().await;
+            return self.attempt_here(node).await;
         }
         let answer = match self.request.attempt(node, &self.so_far).await {
             Ok(answer) => answer,
@@ -316,14 +332,14 @@ impl Passing {
         }
     }
 
-    async fn attempt_here(&mut self) -> Result<Begun, (Outcome, String)> {
+    async fn attempt_here(&mut self, node: NodeId) -> Result<Begun, (Outcome, String)> {
         let (response, journal) = self.request.answer_here(&self.so_far).await;
         if !response.status().is_success() {
             let why = format!("it answered with status {}", response.status());
             return Err((Outcome::Ended, why));
         }
         let left = self.request.caller.deadline.saturating_duration_since(Instant::now());
-        let mut source = Source::Here(response.into_body(), journal);
+        let mut source = Source::Here(response.into_body(), journal, node);
         match source.next(left).await {
             Ok(Some(first)) => Ok((Some(first), Some(source))),
             Ok(None) => Ok((None, None)),
@@ -367,6 +383,8 @@ fn bytes_about(entry: &Entry) -> usize {
     }
 }
 
+/// A stream that two nodes ask for by turns ends some time; a client that is gone ends it before.
+const MOVES_MAX: u32 = 32;
 /// How long a stream waits for a replica that can go on with it. Long enough for one to be restarted by
 /// its supervisor; the client sees a pause.
 const GO_ON_WITHIN: Duration = Duration::from_secs(5);

@@ -144,8 +144,8 @@ async fn reply(
             continue;
         }
         let part = journal.part(data);
-        if journal.is_abandoned() {
-            return stream.refuse(CODE_FAILED, "this node is shutting down").await;
+        if let Some(why) = journal.broken_off() {
+            return stream.refuse(CODE_FAILED, why).await;
         }
         for part in part.split() {
             stream.part(part.to_bytes()).await?;

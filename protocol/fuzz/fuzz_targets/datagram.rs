@@ -1,4 +1,5 @@
-//! Any bytes as a datagram of membership: what can be decoded has one encoding that gives it again. And
+//! Any bytes as a datagram of membership or as one that is carried: what can be decoded has one encoding
+//! that gives it again, and what is cut for a carrier comes together as it was. And
 //! any datagrams, from any members and at any times, to one node: no panic, every bound holds, and one
 //! datagram makes the node say no more than it should.
 //! For the node, a datagram is its sender, milliseconds that pass before it, two bytes of length, and
@@ -8,6 +9,7 @@
 use std::time::Duration;
 
 use libfuzzer_sys::fuzz_target;
+use protocol::carry::{HEADER_BYTES, Parcel, Pieces};
 use protocol::membership::wire::{DATAGRAM_BYTES_MAX, Datagram};
 use protocol::membership::{
     Addresses, Membership, MembershipConfig, MembershipInput, MembershipOutput,
@@ -21,8 +23,27 @@ fuzz_target!(|bytes: &[u8]| {
     if let Ok(datagram) = Wire::decode(bytes) {
         assert_eq!(Wire::decode(&datagram.encode()), Ok(datagram));
     }
+    if let Some(parcel) = Parcel::decode(bytes) {
+        carry(bytes, parcel);
+    }
     feed(bytes);
 });
+
+fn carry(bytes: &[u8], parcel: Parcel<'_>) {
+    assert_eq!(parcel.encode(), bytes);
+    let room = HEADER_BYTES + parcel.bytes.len() / 2 + 1;
+    let cut = parcel.fit(room);
+    assert!(cut.len() <= 2 && cut.iter().all(|datagram| datagram.len() <= room));
+    let (mut pieces, mut whole) = (Pieces::default(), None);
+    for datagram in cut.iter().rev() {
+        let piece = Parcel::decode(datagram).expect("a parcel");
+        assert_eq!((piece.way, piece.node, piece.number), (parcel.way, parcel.node, parcel.number));
+        whole = pieces.take(&piece);
+    }
+    if cut.len() == 2 {
+        assert_eq!(whole.as_deref(), Some(parcel.bytes));
+    }
+}
 
 fn feed(mut bytes: &[u8]) {
     let id = |n: u8| NodeId([n; 32]);

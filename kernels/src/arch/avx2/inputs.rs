@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use crate::linear::{QuantBlock, SMALLEST, STEP};
+use crate::linear::{QuantBlock, STEP};
 
 /// Quantizes the inputs of one token: the bits of the portable version.
 ///
@@ -23,17 +23,9 @@ pub unsafe fn quantize_row(values: &[f32], blocks: &mut [QuantBlock]) {
 #[inline]
 #[target_feature(enable = "avx2")]
 fn quantize_block(v: [__m256; 4]) -> QuantBlock {
-    let mut block = QuantBlock::default();
-    let largest = f32::from_bits(largest(&v));
-    if !largest.is_finite() {
-        block.scale = f32::NAN;
-        return block;
-    }
-    if largest < SMALLEST {
-        return block;
-    }
-    block.scale = largest / 127.0;
-    let inverse = _mm256_set1_ps(127.0 / largest);
+    let (mut block, inverse) = QuantBlock::begin(largest(&v));
+    let Some(inverse) = inverse else { return block };
+    let inverse = _mm256_set1_ps(inverse);
     let mut sums = [0; 2];
     for h in 0..2 {
         let (a, b) = (words(v[2 * h], inverse), words(v[2 * h + 1], inverse));

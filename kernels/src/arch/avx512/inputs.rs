@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use crate::linear::{QuantBlock, SMALLEST, STEP};
+use crate::linear::{QuantBlock, STEP};
 
 /// Quantizes the inputs of one token: the bits of the portable version.
 ///
@@ -21,21 +21,12 @@ pub unsafe fn quantize_row(values: &[f32], blocks: &mut [QuantBlock]) {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn quantize_block(v: [__m512; 2]) -> QuantBlock {
-    let mut block = QuantBlock::default();
-    // As integers, magnitudes are in the same order, with the NaNs above infinity.
     let low = _mm512_castps_si512(_mm512_abs_ps(v[0]));
     let high = _mm512_castps_si512(_mm512_abs_ps(v[1]));
     let largest = _mm512_reduce_max_epu32(_mm512_max_epu32(low, high));
-    let largest = f32::from_bits(largest);
-    if !largest.is_finite() {
-        block.scale = f32::NAN;
-        return block;
-    }
-    if largest < SMALLEST {
-        return block;
-    }
-    block.scale = largest / 127.0;
-    let inverse = _mm512_set1_ps(127.0 / largest);
+    let (mut block, inverse) = QuantBlock::begin(largest);
+    let Some(inverse) = inverse else { return block };
+    let inverse = _mm512_set1_ps(inverse);
     let mut sums = [0; 2];
     for h in 0..2 {
         let codes = _mm512_cvtps_epi32(_mm512_mul_ps(v[h], inverse));

@@ -3,7 +3,7 @@
 use std::arch::aarch64::*;
 use std::array::from_fn;
 
-use crate::linear::{QuantBlock, SMALLEST, STEP};
+use crate::linear::{QuantBlock, STEP};
 
 /// Quantizes the inputs of one token: the bits of the portable version.
 ///
@@ -21,22 +21,12 @@ pub unsafe fn quantize_row(values: &[f32], blocks: &mut [QuantBlock]) {
 #[inline]
 #[target_feature(enable = "neon")]
 fn quantize_block(v: [float32x4_t; 8]) -> QuantBlock {
-    let mut block = QuantBlock::default();
-    // As integers, magnitudes are in the same order, with the NaNs above infinity.
     let mut largest = vdupq_n_u32(0);
     for v in v {
         largest = vmaxq_u32(largest, vreinterpretq_u32_f32(vabsq_f32(v)));
     }
-    let largest = f32::from_bits(vmaxvq_u32(largest));
-    if !largest.is_finite() {
-        block.scale = f32::NAN;
-        return block;
-    }
-    if largest < SMALLEST {
-        return block;
-    }
-    block.scale = largest / 127.0;
-    let inverse = 127.0 / largest;
+    let (mut block, inverse) = QuantBlock::begin(vmaxvq_u32(largest));
+    let Some(inverse) = inverse else { return block };
     let mut sums = [0; 2];
     for h in 0..2 {
         let mut words = [vdupq_n_s32(0); 4];
