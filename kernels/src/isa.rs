@@ -9,6 +9,7 @@
 //! their results are proven, their speed was never measured.
 
 use std::fmt;
+use std::sync::OnceLock;
 
 /// An instruction set; those of one architecture are ordered from the slowest to the fastest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -19,6 +20,8 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, VL, DQ and VNNI (and everything in [`Isa::Avx2`]).
     Avx512,
+    /// AVX-512 with products of pairs of bfloat16 (and everything in [`Isa::Avx512`]).
+    Avx512Bf16,
     /// What every aarch64 has: NEON with conversion of binary16.
     Neon,
     /// NEON with dot products of bytes (`dotprod`, from Armv8.2 on).
@@ -29,12 +32,19 @@ pub enum Isa {
 }
 
 impl Isa {
-    const ALL: [Isa; 6] =
-        [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Neon, Isa::NeonDot, Isa::NeonI8mm];
+    const ALL: [Isa; 7] = [
+        Isa::Scalar,
+        Isa::Avx2,
+        Isa::Avx512,
+        Isa::Avx512Bf16,
+        Isa::Neon,
+        Isa::NeonDot,
+        Isa::NeonI8mm,
+    ];
 
     /// The fastest instruction set of this CPU.
     pub fn detect() -> Isa {
-        let available = Isa::ALL.into_iter().rev().find(|isa| isa.is_available());
+        let available = Isa::ALL.into_iter().rev().find(|isa| isa.is_available() && isa.pays());
         available.expect("every CPU runs scalar kernels")
     }
 
@@ -51,16 +61,25 @@ impl Isa {
                 && is_x86_feature_detected!("fma")
                 && is_x86_feature_detected!("f16c")
         };
+        let avx512 = || {
+            avx2()
+                && is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vnni")
+        };
         match self {
             Isa::Scalar => true,
             Isa::Avx2 => avx2(),
-            Isa::Avx512 => {
-                avx2()
-                    && is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512vl")
-                    && is_x86_feature_detected!("avx512dq")
-                    && is_x86_feature_detected!("avx512vnni")
+            Isa::Avx512 => avx512(),
+            Isa::Avx512Bf16 => {
+                avx512()
+                    && is_x86_feature_detected!("avx512bf16")
+                    && *PAIRS_AGREE.get_or_init(|| {
+                        // SAFETY: the CPU has the instruction set.
+                        unsafe { crate::arch::avx512::pairs_agree() }
+                    })
             }
             Isa::Neon | Isa::NeonDot | Isa::NeonI8mm => false,
         }
@@ -74,7 +93,7 @@ impl Isa {
         let vectors = !cfg!(miri);
         match self {
             Isa::Scalar => true,
-            Isa::Avx2 | Isa::Avx512 => false,
+            Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 => false,
             Isa::Neon => vectors && detected!("neon"),
             Isa::NeonDot => vectors && detected!("neon") && detected!("dotprod"),
             Isa::NeonI8mm => {
@@ -89,11 +108,22 @@ impl Isa {
         self == Isa::Scalar
     }
 
+    /// Whether it is faster than those before it, where that is not the same on all CPUs that have it:
+    /// some multiply pairs of bfloat16 at half the pace of single floats, others at twice that pace.
+    fn pays(self) -> bool {
+        self != Isa::Avx512Bf16 || *PAIRS_PAY.get_or_init(crate::measure::pairs_pay)
+    }
+
     /// Panics unless the CPU has this instruction set: what makes calling its kernels sound.
     pub(crate) fn assert_available(self) {
         assert!(self.is_available(), "this CPU does not have {self}");
     }
 }
+
+/// Whether the CPU's products of pairs have the bits of two fused multiply-adds.
+#[cfg(target_arch = "x86_64")]
+static PAIRS_AGREE: OnceLock<bool> = OnceLock::new();
+static PAIRS_PAY: OnceLock<bool> = OnceLock::new();
 
 impl fmt::Display for Isa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -101,6 +131,7 @@ impl fmt::Display for Isa {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Avx512Bf16 => "avx512-bf16",
             Isa::Neon => "neon",
             Isa::NeonDot => "neon-dot",
             Isa::NeonI8mm => "neon-i8mm",

@@ -3,7 +3,8 @@
 //! A [`Matrix`] is packed once, while loading, into panels of 32 rows whose elements lie side by
 //! side, so that each lane of a vector register belongs to one output. Quantized weights are
 //! multiplied as integers with inputs that are quantized to eight bits for each 32 of them
-//! ([`Activations`]); float weights meet the inputs as they are, in f32.
+//! ([`Activations`]); bfloat16 weights meet inputs that are rounded to bfloat16, other floats the
+//! inputs as they are, both with sums in f32.
 //!
 //! An output element is one chain of operations over the columns, from the first to the last, the
 //! same in every kernel: integer dots of a block are exact, and each block is added with one fused
@@ -18,12 +19,14 @@ mod buffer;
 mod layout;
 mod matrix;
 mod scalar;
+mod tiles;
 
 pub use activations::Activations;
 pub use matrix::{Matrix, PackError};
 
-pub(crate) use activations::{DIRECT_TOKENS, QuantBlock, TILE};
+pub(crate) use activations::{QuantBlock, rounded};
 pub(crate) use layout::{Bits, Layout, PANEL, STEP, Shape, with_shape};
+pub(crate) use tiles::{DIRECT_TOKENS, TILE, Tile};
 
 #[cfg(target_arch = "aarch64")]
 use crate::arch::neon;
@@ -59,11 +62,15 @@ pub fn matmul_many(
         assert_eq!(w.cols(), x.cols(), "the inputs have as many columns as the weights");
         assert_eq!(out.len(), x.tokens() * w.rows(), "the output holds tokens x rows");
     }
-    if let Some(quantized) = weights.iter().find(|w| w.layout().is_some()) {
-        x.quantize(pool, quantized.isa());
-    }
-    if weights.iter().any(|w| w.layout().is_none() && w.isa() > Isa::Scalar) {
-        x.interleave(pool);
+    for w in weights {
+        match (w.isa(), w.format()) {
+            (isa, _) if w.layout().is_some() => x.quantize(pool, isa),
+            (Isa::Scalar, _) => {}
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx512Bf16, Format::BF16) => x.pair(pool),
+            (_, Format::BF16) => x.round(pool),
+            _ => x.interleave(pool),
+        }
     }
     let x = &*x;
     let mut jobs = [None; MATRICES_MAX];
@@ -117,12 +124,17 @@ impl Job<'_> {
         let bytes = w.panel(panel);
         match (w.isa(), w.layout()) {
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512, Some(_)) => {
+            (Isa::Avx512 | Isa::Avx512Bf16, Some(_)) => {
                 // SAFETY: `Matrix::pack` made sure that the CPU has the matrix's instruction set.
                 with_shape!(w.format(), S => unsafe { avx512::quantized::<S>(bytes, x, &out) })
             }
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512, None) => {
+            (Isa::Avx512Bf16, None) if w.format() == Format::BF16 => {
+                // SAFETY: as above.
+                unsafe { avx512::pairs(bytes, x, &out) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx512 | Isa::Avx512Bf16, None) => {
                 // SAFETY: as above.
                 unsafe { avx512::floats(w.format(), bytes, x, &out) }
             }

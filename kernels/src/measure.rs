@@ -19,17 +19,23 @@ pub struct Peaks {
     /// int8 operations per second; a multiply-add is two. With AVX2 those that add pairs of products
     /// in 16 bits, which weights of eight bits cannot reach. `None` where nothing multiplies bytes.
     pub int8_ops: Option<f64>,
+    /// Operations on pairs of bfloat16 per second; a multiply-add is two. `None` without instructions
+    /// for them.
+    pub bf16_flops: Option<f64>,
 }
 
 /// Measures for about `budget` in all. Takes [`memory_bytes`] for the time of the call.
 pub fn measure(pool: &ThreadPool, isa: Isa, budget: Duration) -> Peaks {
-    let share = budget / 3;
+    let has_pairs = isa == Isa::Avx512Bf16;
+    let share = budget / if has_pairs { 4 } else { 3 };
     let fma = |rounds: u64| flops_in_registers(isa, rounds);
     let dot = |rounds: u64| ops_in_registers(isa, rounds);
+    let pairs = |rounds: u64| pairs_in_registers(isa, rounds);
     Peaks {
         memory_bytes_per_second: memory(pool, share),
         f32_flops: arithmetic(pool, share, &fma),
         int8_ops: has_dots(isa).then(|| arithmetic(pool, share, &dot)),
+        bf16_flops: has_pairs.then(|| arithmetic(pool, share, &pairs)),
     }
 }
 
@@ -77,7 +83,7 @@ fn best(budget: Duration, mut call: impl FnMut()) -> f64 {
 
 /// Whether kernels multiply bytes, and not what they are widened to.
 fn has_dots(isa: Isa) -> bool {
-    matches!(isa, Isa::Avx2 | Isa::Avx512 | Isa::NeonDot | Isa::NeonI8mm)
+    isa > Isa::Scalar && isa != Isa::Neon
 }
 
 fn flops_in_registers(isa: Isa, rounds: u64) -> u64 {
@@ -85,7 +91,7 @@ fn flops_in_registers(isa: Isa, rounds: u64) -> u64 {
     #[cfg(target_arch = "x86_64")]
     match isa {
         // SAFETY: asserted above.
-        Isa::Avx512 => return unsafe { x86::fma_512(rounds) },
+        Isa::Avx512 | Isa::Avx512Bf16 => return unsafe { x86::fma_512(rounds) },
         // SAFETY: asserted above.
         Isa::Avx2 => return unsafe { x86::fma_256(rounds) },
         _ => {}
@@ -110,7 +116,7 @@ fn ops_in_registers(isa: Isa, rounds: u64) -> u64 {
     #[cfg(target_arch = "x86_64")]
     match isa {
         // SAFETY: asserted above.
-        Isa::Avx512 => return unsafe { x86::dot_512(rounds) },
+        Isa::Avx512 | Isa::Avx512Bf16 => return unsafe { x86::dot_512(rounds) },
         // SAFETY: asserted above.
         Isa::Avx2 => return unsafe { x86::dot_256(rounds) },
         _ => {}
@@ -119,6 +125,31 @@ fn ops_in_registers(isa: Isa, rounds: u64) -> u64 {
     if has_dots(isa) {
         // SAFETY: asserted above.
         return unsafe { crate::arch::neon::dot_rounds(isa, rounds) };
+    }
+    rounds
+}
+
+/// Whether this CPU, which has [`Isa::Avx512Bf16`], multiplies pairs of bfloat16 faster than single floats.
+/// Takes a tenth of a millisecond.
+pub(crate) fn pairs_pay() -> bool {
+    const ROUNDS: u64 = 1 << 10;
+    let pace = |run: &dyn Fn(u64) -> u64| {
+        let seconds = best(Duration::ZERO, || {
+            black_box(run(black_box(ROUNDS)));
+        });
+        run(1) as f64 / seconds
+    };
+    let singles = pace(&|rounds| flops_in_registers(Isa::Avx512Bf16, rounds));
+    let pairs = pace(&|rounds| pairs_in_registers(Isa::Avx512Bf16, rounds));
+    pairs > 1.25 * singles
+}
+
+fn pairs_in_registers(isa: Isa, rounds: u64) -> u64 {
+    isa.assert_available();
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Avx512Bf16 {
+        // SAFETY: asserted above.
+        return unsafe { x86::pairs_512(rounds) };
     }
     rounds
 }
@@ -174,6 +205,21 @@ mod x86 {
         8 * 32 * 2
     }
 
+    // SAFETY: callers prove AVX-512 BF16.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub unsafe fn pairs_512(rounds: u64) -> u64 {
+        // SAFETY: as long, and every content is valid.
+        let a = unsafe { std::mem::transmute::<__m512, __m512bh>(_mm512_set1_ps(black_box(0.5))) };
+        let mut acc = [_mm512_set1_ps(1.0); CHAINS];
+        for _ in 0..rounds {
+            for chain in &mut acc {
+                *chain = _mm512_dpbf16_ps(*chain, a, a);
+            }
+        }
+        black_box(acc);
+        (CHAINS * 32 * 2) as u64
+    }
+
     // SAFETY: callers prove AVX-512 VNNI.
     #[target_feature(enable = "avx512f,avx512vnni")]
     pub unsafe fn dot_512(rounds: u64) -> u64 {
@@ -205,6 +251,8 @@ mod tests {
             assert!(arithmetic(&pool, Duration::ZERO, &run) > 0.0, "{isa}");
             let run = |rounds: u64| ops_in_registers(isa, rounds);
             assert!(!has_dots(isa) || arithmetic(&pool, Duration::ZERO, &run) > 0.0, "{isa}");
+            let run = |rounds: u64| pairs_in_registers(isa, rounds);
+            assert!(isa != Isa::Avx512Bf16 || arithmetic(&pool, Duration::ZERO, &run) > 0.0);
         }
         assert!(memory(&pool, Duration::ZERO) > 0.0);
     }

@@ -321,7 +321,7 @@ macro_rules! dispatch {
 
             // `Isa` can be named without having been detected.
             match $isa.min($crate::isa::Isa::detect()) {
-                $crate::isa::Isa::Avx512 => avx512($($arg),*),
+                $crate::isa::Isa::Avx512 | $crate::isa::Isa::Avx512Bf16 => avx512($($arg),*),
                 $crate::isa::Isa::Avx2 => avx2($($arg),*),
                 _ => $function::<ScalarLanes>($($arg),*),
             }
@@ -340,7 +340,8 @@ macro_rules! dispatch {
             match $isa.min($crate::isa::Isa::detect()) {
                 $crate::isa::Isa::Scalar
                 | $crate::isa::Isa::Avx2
-                | $crate::isa::Isa::Avx512 => $function::<ScalarLanes>($($arg),*),
+                | $crate::isa::Isa::Avx512
+                | $crate::isa::Isa::Avx512Bf16 => $function::<ScalarLanes>($($arg),*),
                 _ => neon($($arg),*),
             }
         }

@@ -58,6 +58,6 @@ pub(crate) fn rope_digest(rope: &Rope) -> [u8; 32] {
 }
 
 /// Grows whenever a change of the engine changes the bits of keys and values.
-pub const NUMERICS_VERSION: u32 = 1;
+pub const NUMERICS_VERSION: u32 = 2;
 
 const CONTEXT: &str = "grapevine 2026-11 numerical identity of keys and values";

@@ -16,8 +16,8 @@ use crate::linear::{Activations, Bits, PANEL, PanelOut, QuantBlock, STEP, Shape}
 mod floats;
 mod inputs;
 
-pub(crate) use floats::floats;
-pub(crate) use inputs::quantize_row;
+pub(crate) use floats::{floats, pairs, pairs_agree};
+pub(crate) use inputs::{pair_row, quantize_row};
 
 /// One panel of quantized weights, for all tokens.
 ///

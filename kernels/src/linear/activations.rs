@@ -1,13 +1,15 @@
 //! The inputs of a step, as floats and as eight-bit integers.
 
 use super::layout::STEP;
+use super::tiles::{DIRECT_TOKENS, Tile, Tiles};
+use crate::float::{bf16_to_f32, f32_to_bf16};
 use crate::isa::Isa;
 use crate::pool::ThreadPool;
 
 /// Inputs `[tokens][cols]` that several matrices read.
 ///
-/// Write them through [`resize`](Self::resize) or [`values_mut`](Self::values_mut); the eight-bit
-/// form is made once, by the first product that wants it. Buffers grow and are kept.
+/// Write them through [`resize`](Self::resize) or [`values_mut`](Self::values_mut); each other form
+/// is made once, by the first product that wants it. Buffers grow and are kept.
 #[derive(Debug, Default)]
 pub struct Activations {
     tokens: usize,
@@ -15,8 +17,9 @@ pub struct Activations {
     values: Vec<f32>,
     blocks: Vec<QuantBlock>,
     quantized: bool,
-    tiles: Vec<f32>,
-    interleaved: bool,
+    plain: Tiles<f32>,
+    rounded: Tiles<f32>,
+    pairs: Tiles<u32>,
 }
 
 /// 32 inputs of a token as integers: `value = scale * code`. One cache line.
@@ -96,9 +99,12 @@ impl Activations {
         &self.values[..self.tokens * self.cols]
     }
 
-    /// The inputs for writing; their eight-bit form is made anew when it is needed next.
+    /// The inputs for writing; their other forms are made anew when they are needed next.
     pub fn values_mut(&mut self) -> &mut [f32] {
-        (self.quantized, self.interleaved) = (false, false);
+        self.quantized = false;
+        self.plain.clear();
+        self.rounded.clear();
+        self.pairs.clear();
         &mut self.values[..self.tokens * self.cols]
     }
 
@@ -128,7 +134,9 @@ impl Activations {
                 match isa {
                     #[cfg(target_arch = "x86_64")]
                     // SAFETY: the CPU was asserted to have the instruction set.
-                    Isa::Avx512 => unsafe { crate::arch::avx512::quantize_row(values, blocks) },
+                    Isa::Avx512 | Isa::Avx512Bf16 => unsafe {
+                        crate::arch::avx512::quantize_row(values, blocks)
+                    },
                     #[cfg(target_arch = "x86_64")]
                     // SAFETY: as above.
                     Isa::Avx2 => unsafe { crate::arch::avx2::quantize_row(values, blocks) },
@@ -144,41 +152,53 @@ impl Activations {
         self.quantized = true;
     }
 
-    /// Makes the form that products with float weights read, if there are more than a few tokens:
-    /// tiles of [`TILE`] tokens with the tokens side by side, `[tile][cols][TILE]`, so that a
-    /// tile reads one stream and not twelve that fall into the same set of the cache.
+    /// Makes the form that products with weights of binary32 or binary16 read, if there are more than
+    /// a few tokens.
     pub(crate) fn interleave(&mut self, pool: &ThreadPool) {
-        if self.interleaved || self.tokens <= DIRECT_TOKENS {
-            return;
+        if self.tokens > DIRECT_TOKENS {
+            let values = &self.values[..self.tokens * self.cols];
+            self.plain
+                .make(pool, values, self.cols, self.cols, |from, to| to.copy_from_slice(from));
         }
-        let (tokens, cols) = (self.tokens, self.cols);
-        let tiles = tokens.div_ceil(TILE);
-        if self.tiles.len() < tiles * TILE * cols {
-            self.tiles.resize(tiles * TILE * cols, 0.0);
-        }
-        let values = &self.values;
-        let out = &mut self.tiles[..tiles * TILE * cols];
-        pool.run_chunks(out, (TILE * cols).max(1), |tile, out| {
-            for t in 0..TILE.min(tokens - tile * TILE) {
-                let row = &values[(tile * TILE + t) * cols..][..cols];
-                for (v, out) in row.iter().zip(out.chunks_exact_mut(TILE)) {
-                    out[t] = *v;
-                }
-            }
-        });
-        self.interleaved = true;
     }
 
-    /// The tokens `token..` of a tile, as a pointer to the first input of the first of them, the
-    /// distance to the next token and the distance to the next column.
-    ///
-    /// Tiles begin at multiples of [`TILE`] tokens, unless there are [`DIRECT_TOKENS`] or fewer.
-    pub(crate) fn tile(&self, token: usize) -> (*const f32, usize, usize) {
+    /// Makes the form that products with bfloat16 weights read: the same, rounded.
+    pub(crate) fn round(&mut self, pool: &ThreadPool) {
+        let values = &self.values[..self.tokens * self.cols];
+        self.rounded.make(pool, values, self.cols, self.cols, |from, to| {
+            from.iter().zip(to).for_each(|(from, to)| *to = rounded(*from));
+        });
+    }
+
+    /// Makes the form of [`Isa::Avx512Bf16`] for bfloat16 weights: the rounded inputs of two columns,
+    /// the first of them in the upper half.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn pair(&mut self, pool: &ThreadPool) {
+        Isa::Avx512Bf16.assert_available();
+        let values = &self.values[..self.tokens * self.cols];
+        self.pairs.make(pool, values, self.cols, self.cols.div_ceil(2), |from, to| {
+            // SAFETY: the CPU was asserted to have the instruction set.
+            unsafe { crate::arch::avx512::pair_row(from, to) }
+        });
+    }
+
+    /// The inputs of the tokens `token..` as products with weights of binary32 or binary16 read them.
+    pub(crate) fn plain(&self, token: usize) -> Tile<f32> {
         if self.tokens <= DIRECT_TOKENS {
-            return (self.values[token * self.cols..].as_ptr(), self.cols, 1);
+            let first = self.values[token * self.cols..].as_ptr();
+            return Tile { first, next_token: self.cols, next_unit: 1 };
         }
-        debug_assert!(self.interleaved);
-        (self.tiles[token / TILE * TILE * self.cols + token % TILE..].as_ptr(), 1, TILE)
+        self.plain.tile(token)
+    }
+
+    /// The same for weights of bfloat16.
+    pub(crate) fn rounded(&self, token: usize) -> Tile<f32> {
+        self.rounded.tile(token)
+    }
+
+    /// The same for weights of bfloat16 in pairs.
+    pub(crate) fn pairs(&self, token: usize) -> Tile<u32> {
+        self.pairs.tile(token)
     }
 
     /// The blocks of one token.
@@ -192,6 +212,14 @@ impl Activations {
 /// same set of the cache.
 fn stride(cols: usize) -> usize {
     (cols / STEP) | 1
+}
+
+/// An input of bfloat16 weights: the nearest bfloat16, ties to even. What is too small for a normal one
+/// is zero, since the instructions for pairs take it for that.
+#[inline]
+pub(crate) fn rounded(value: f32) -> f32 {
+    let rounded = bf16_to_f32(f32_to_bf16(value));
+    if value.is_subnormal() { 0.0_f32.copysign(value) } else { rounded }
 }
 
 fn quantize_row(values: &[f32], blocks: &mut [QuantBlock]) {
@@ -213,12 +241,6 @@ fn quantize_block(values: &[f32; STEP]) -> QuantBlock {
     block.set_sums(sums);
     block
 }
-
-/// Tokens of a tile of float inputs.
-pub(crate) const TILE: usize = 12;
-
-/// Up to so many tokens, float inputs are read where they are.
-pub(crate) const DIRECT_TOKENS: usize = 4;
 
 /// The start of the blocks that tasks write disjoint parts of.
 struct Start(*mut QuantBlock);

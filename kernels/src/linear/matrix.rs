@@ -42,8 +42,10 @@ impl Matrix {
             return Err(PackError::Isa { isa });
         }
         let layout = Layout::of(format);
+        let paired = isa == Isa::Avx512Bf16 && format == Format::BF16;
         let panel_bytes = match &layout {
             Some(layout) => layout.panel_bytes(cols),
+            None if paired => PANEL * 4 * cols.div_ceil(2),
             None => row_bytes.checked_mul(PANEL).ok_or(PackError::TooLarge { rows, cols })?,
         };
         let panels = rows.div_ceil(PANEL);
@@ -61,6 +63,7 @@ impl Matrix {
             match &layout {
                 Some(layout) => pack_quantized(layout, format, row_bytes, bytes, out),
                 None if format == Format::F32 => pack_floats::<4>(cols, bytes, out),
+                None if paired => pack_pairs(cols, bytes, out),
                 None => pack_floats::<2>(cols, bytes, out),
             }
         });
@@ -156,6 +159,23 @@ fn pack_floats<const N: usize>(cols: usize, bytes: &[u8], out: &mut [u8]) {
         for (r, row) in elements.chunks_exact(cols).enumerate() {
             for (element, out) in row[first..].iter().zip(out.as_chunks_mut::<PANEL>().0) {
                 out[r] = *element;
+            }
+        }
+    }
+}
+
+/// `[row][col]` to `[pair of cols][row]`, each pair a word with its first column in the upper half: the
+/// instruction adds the product of the upper halves first.
+fn pack_pairs(cols: usize, bytes: &[u8], out: &mut [u8]) {
+    let (elements, _) = bytes.as_chunks::<2>();
+    let (out, _) = out.as_chunks_mut::<4>();
+    for (first, out) in
+        (0..cols).step_by(COLS_AT_ONCE).zip(out.chunks_mut(COLS_AT_ONCE / 2 * PANEL))
+    {
+        for (r, row) in elements.chunks_exact(cols).enumerate() {
+            for (pair, out) in row[first..].chunks(2).zip(out.as_chunks_mut::<PANEL>().0) {
+                let second = pair.get(1).copied().unwrap_or_default();
+                out[r] = [second[0], second[1], pair[0][0], pair[0][1]];
             }
         }
     }

@@ -1,7 +1,7 @@
 //! The portable kernels: what the vector kernels must equal bit for bit.
 
 use super::layout::STEP;
-use super::{Activations, Bits, Layout, PANEL, PanelOut, QuantBlock};
+use super::{Activations, Bits, Layout, PANEL, PanelOut, QuantBlock, rounded};
 use crate::float::{bf16_to_f32, f16_to_f32};
 use crate::format::{Format, IQ4_LEVELS};
 
@@ -13,6 +13,7 @@ pub(crate) fn floats(format: Format, panel: &[u8], x: &Activations, out: &PanelO
         let x = &x.values()[token * cols..][..cols];
         let step = PANEL * format.block_bytes();
         for (weights, &x) in panel.chunks_exact(step).zip(x) {
+            let x = if format == Format::BF16 { rounded(x) } else { x };
             for (r, acc) in acc.iter_mut().enumerate() {
                 *acc = float_at(format, weights, r).mul_add(x, *acc);
             }

@@ -245,6 +245,7 @@ pub enum IsaName {
     Scalar,
     Avx2,
     Avx512,
+    Avx512Bf16,
     Neon,
     NeonDot,
     NeonI8mm,

@@ -32,6 +32,7 @@ struct Report {
     memory_gb_per_second: f64,
     f32_gflops: f64,
     int8_gops: Option<f64>,
+    bf16_gflops: Option<f64>,
     rows: Vec<Row>,
 }
 
@@ -61,7 +62,8 @@ struct Bench {
     config: DecoderConfig,
     clock: Box<dyn Fn() -> Instant>,
     peaks: Peaks,
-    quantized: bool,
+    /// Operations per second that matrix products reach at best.
+    matrix_peak: f64,
     repetitions: usize,
     profile: bool,
     /// Tokens of a sequence that hold what a prompt of random tokens left.
@@ -102,8 +104,15 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
         config,
         clock: Box::new(clock),
         peaks,
-        quantized: args.engine.quant.is_some()
-            || !matches!(format, Format::F32 | Format::F16 | Format::BF16),
+        matrix_peak: match format {
+            Format::F32 | Format::F16 | Format::BF16 if args.engine.quant.is_some() => {
+                peaks.int8_ops
+            }
+            Format::F32 | Format::F16 => None,
+            Format::BF16 => peaks.bf16_flops,
+            _ => peaks.int8_ops,
+        }
+        .unwrap_or(peaks.f32_flops),
         repetitions: args.repetitions.max(1),
         profile: args.profile,
         filled: 0,
@@ -126,6 +135,7 @@ pub fn bench(args: &BenchArgs) -> anyhow::Result<()> {
         memory_gb_per_second: peaks.memory_bytes_per_second / 1e9,
         f32_gflops: peaks.f32_flops / 1e9,
         int8_gops: peaks.int8_ops.map(|ops| ops / 1e9),
+        bf16_gflops: peaks.bf16_flops.map(|ops| ops / 1e9),
         rows,
     };
     match args.json {
@@ -300,10 +310,6 @@ impl Bench {
         let per_token = 2.0 * (c.layers * (attention + ffn)) as f64;
         let head = 2.0 * (c.hidden * c.vocab) as f64;
         let scores = |context: f64| 4.0 * (c.layers * c.heads * c.head_dim) as f64 * context;
-        let peak = match self.peaks.int8_ops {
-            Some(int8) if self.quantized => int8,
-            _ => self.peaks.f32_flops,
-        };
         let (bytes, matrix_ops, attention_ops) = match test {
             Test::Prefill { tokens, depth } => {
                 let (n, d) = (tokens as f64, depth as f64);
@@ -317,7 +323,7 @@ impl Bench {
             }
         };
         let memory = bytes / self.peaks.memory_bytes_per_second;
-        (memory, matrix_ops / peak + attention_ops / self.peaks.f32_flops)
+        (memory, matrix_ops / self.matrix_peak + attention_ops / self.peaks.f32_flops)
     }
 }
 
@@ -346,8 +352,9 @@ impl Report {
             self.peak_resident_bytes.unwrap_or(0) as f64 / 1e6,
         );
         let int8 = self.int8_gops.map_or(String::new(), |g| format!(", int8 {g:.0} GOP/s"));
+        let bf16 = self.bf16_gflops.map_or(String::new(), |g| format!(", bf16 {g:.0} GFLOP/s"));
         println!(
-            "this machine now: memory {:.1} GB/s, f32 {:.0} GFLOP/s{int8}",
+            "this machine now: memory {:.1} GB/s, f32 {:.0} GFLOP/s{int8}{bf16}",
             self.memory_gb_per_second, self.f32_gflops
         );
         let mut table = Table::new(&["test", "tokens/s", "min", "max", "of the bound"]);

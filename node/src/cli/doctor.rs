@@ -33,6 +33,7 @@ struct Measured {
     memory_gb_per_second: f64,
     f32_gflops: f64,
     int8_gops: Option<f64>,
+    bf16_gflops: Option<f64>,
     /// Tokens per second of one stream that memory allows for each GB of weights.
     decode_bound_tokens_per_second_per_gb: f64,
 }
@@ -131,6 +132,9 @@ impl Diagnosis {
             if let Some(int8) = m.int8_gops {
                 println!("          int8 {int8:.0} GOP/s");
             }
+            if let Some(bf16) = m.bf16_gflops {
+                println!("          bf16 {bf16:.0} GFLOP/s");
+            }
             println!(
                 "          at best {:.0} tokens/s for one stream of a model of 1 GB",
                 m.decode_bound_tokens_per_second_per_gb
@@ -154,6 +158,7 @@ impl From<Peaks> for Measured {
             memory_gb_per_second: bytes / 1e9,
             f32_gflops: peaks.f32_flops / 1e9,
             int8_gops: peaks.int8_ops.map(|ops| ops / 1e9),
+            bf16_gflops: peaks.bf16_flops.map(|ops| ops / 1e9),
             decode_bound_tokens_per_second_per_gb: bytes / 1e9,
         }
     }

@@ -265,6 +265,7 @@ pub fn isa(name: IsaName) -> Isa {
         IsaName::Scalar => Isa::Scalar,
         IsaName::Avx2 => Isa::Avx2,
         IsaName::Avx512 => Isa::Avx512,
+        IsaName::Avx512Bf16 => Isa::Avx512Bf16,
         IsaName::Neon => Isa::Neon,
         IsaName::NeonDot => Isa::NeonDot,
         IsaName::NeonI8mm => Isa::NeonI8mm,

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use super::{prefetch, store};
 use crate::format::Format;
-use crate::linear::{Activations, DIRECT_TOKENS, PANEL, PanelOut, TILE};
+use crate::linear::{Activations, DIRECT_TOKENS, PANEL, PanelOut, TILE, Tile};
 
 /// One panel of float weights, `[cols][32 rows]`, for all tokens.
 ///
@@ -60,7 +60,8 @@ unsafe fn tile<W: Weights, const T: usize, const Q: usize>(
     token: usize,
     out: &PanelOut,
 ) -> usize {
-    let (first, next_token, next_col) = x.tile(token);
+    let tile = if W::ROUNDED { x.rounded(token) } else { x.plain(token) };
+    let Tile { first, next_token, next_unit } = tile;
     let next_token = if T > DIRECT_TOKENS { 1 } else { next_token };
     let mut values = [[_mm256_setzero_ps(); 4]; T];
     for rows in (0..4).step_by(Q) {
@@ -82,7 +83,7 @@ unsafe fn tile<W: Weights, const T: usize, const Q: usize>(
                         acc[q] = _mm256_fmadd_ps(w[q], x, acc[q]);
                     }
                 }
-                inputs = inputs.wrapping_add(next_col);
+                inputs = inputs.wrapping_add(next_unit);
             }
         }
         for (values, acc) in values.iter_mut().zip(&acc) {
@@ -100,6 +101,8 @@ unsafe fn tile<W: Weights, const T: usize, const Q: usize>(
 trait Weights {
     /// Bytes of a weight.
     const BYTES: usize;
+    /// Whether it meets rounded inputs.
+    const ROUNDED: bool = false;
 
     /// # Safety
     /// The CPU has AVX2 and F16C, and eight weights are at `from`.
@@ -134,6 +137,7 @@ impl Weights for F16 {
 
 impl Weights for BF16 {
     const BYTES: usize = 2;
+    const ROUNDED: bool = true;
 
     #[inline]
     #[target_feature(enable = "avx2,f16c")]

@@ -40,3 +40,26 @@ fn quantize_block(v: [__m512; 2]) -> QuantBlock {
     block.set_sums(sums);
     block
 }
+
+/// Rounds inputs to bfloat16, two to a word with the first in the upper half; a last one without a partner
+/// gets zero.
+///
+/// # Safety
+/// The CPU has AVX-512 F and BF16.
+#[target_feature(enable = "avx512f,avx512bf16")]
+pub unsafe fn pair_row(values: &[f32], pairs: &mut [u32]) {
+    assert_eq!(pairs.len(), values.len().div_ceil(2), "a word for two inputs");
+    let ends = pairs.chunks_mut(16).zip(values.chunks(32));
+    for (pairs, values) in ends {
+        let have = |n: usize| 0xffff_u16.checked_shr(16_u32.saturating_sub(n as u32)).unwrap_or(0);
+        let (low, high) = (values.len().min(16), values.len().saturating_sub(16));
+        // SAFETY: the masks keep to the values and the words that are there.
+        unsafe {
+            let a = _mm512_maskz_loadu_ps(have(low), values.as_ptr());
+            let b = _mm512_maskz_loadu_ps(have(high), values.as_ptr().wrapping_add(16));
+            let rounded = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(b, a));
+            let swapped = _mm512_rol_epi32::<16>(rounded);
+            _mm512_mask_storeu_epi32(pairs.as_mut_ptr().cast(), have(pairs.len()), swapped);
+        }
+    }
+}

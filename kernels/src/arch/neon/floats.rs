@@ -3,7 +3,7 @@
 use std::arch::aarch64::*;
 
 use crate::format::Format;
-use crate::linear::{Activations, DIRECT_TOKENS, PANEL, PanelOut, TILE};
+use crate::linear::{Activations, DIRECT_TOKENS, PANEL, PanelOut, TILE, Tile};
 
 /// One panel of float weights, `[cols][32 rows]`, for all tokens.
 ///
@@ -56,7 +56,8 @@ unsafe fn tile<W: Weights, const T: usize, const E: usize>(
     token: usize,
     out: &PanelOut,
 ) -> usize {
-    let (first, next_token, next_col) = x.tile(token);
+    let tile = if W::ROUNDED { x.rounded(token) } else { x.plain(token) };
+    let Tile { first, next_token, next_unit } = tile;
     let mut values = [[0.0; PANEL]; T];
     for rows in (0..PANEL).step_by(8 * E) {
         let mut inputs = first;
@@ -73,7 +74,7 @@ unsafe fn tile<W: Weights, const T: usize, const E: usize>(
                             [vfmaq_n_f32(acc[t][e][0], low, x), vfmaq_n_f32(acc[t][e][1], high, x)];
                     }
                 }
-                inputs = inputs.wrapping_add(next_col);
+                inputs = inputs.wrapping_add(next_unit);
             }
         }
         for (acc, values) in acc.iter().zip(&mut values) {
@@ -95,6 +96,8 @@ unsafe fn tile<W: Weights, const T: usize, const E: usize>(
 trait Weights {
     /// Bytes of a weight.
     const BYTES: usize;
+    /// Whether it meets rounded inputs.
+    const ROUNDED: bool = false;
 
     /// # Safety
     /// The CPU has NEON, and eight weights are at `from`.
@@ -130,6 +133,7 @@ impl Weights for F16 {
 
 impl Weights for BF16 {
     const BYTES: usize = 2;
+    const ROUNDED: bool = true;
 
     #[inline]
     #[target_feature(enable = "neon")]
