@@ -1,7 +1,9 @@
 //! Founding, inviting, joining, renewing, revoking, leaving.
 
+use std::time::{Duration, Instant};
+
 use bytes::Bytes;
-use node::mesh::{IdentityError, MeshError, PeerEvent};
+use node::mesh::{IdentityError, Mesh, MeshError, MeshLimits, MeshOptions, PeerEvent};
 
 use super::support::{HOUR, TestClock, TestNode, limits, start_at, until};
 
@@ -110,6 +112,34 @@ async fn joins_and_renewals_survive_the_founder() {
     let d = d.restart().await;
     d.connected(&b).await;
     assert!(d.reaches(&b).await);
+}
+
+/// A token that many hosts use at once is counted one after the other; who is too early is told when to
+/// come back, and does.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_joiner_comes_back_when_it_is_told_to_wait() {
+    let clock = TestClock::new();
+    let patient = || MeshLimits { join_burst: 1, join_refill: Duration::from_secs(2), ..limits() };
+    let a = TestNode::start_with(None, &clock, patient()).await;
+    let token = a.token(2);
+    // Addresses are counted, too, so that each joiner has one of its own.
+    let join = async |at: &str| {
+        let data = tempfile::tempdir().unwrap();
+        let options = MeshOptions {
+            token: Some(token.parse().unwrap()),
+            limits: limits(),
+            clock: clock.clock(),
+            ..MeshOptions::new(data.path(), at.parse().unwrap())
+        };
+        (Mesh::start(options).await.unwrap(), data)
+    };
+    let _b = join("127.0.0.2:0").await;
+    assert_eq!(a.count("joins_limited"), 0);
+    let begun = Instant::now();
+    let (c, _data) = join("127.0.0.3:0").await;
+    assert!(begun.elapsed() > Duration::from_secs(1), "it waited");
+    assert_eq!((a.count("joins_limited"), a.count("certificates_granted")), (1, 2));
+    until("c is connected", || !c.peers().is_empty()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
