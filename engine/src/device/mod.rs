@@ -114,8 +114,13 @@ pub trait Device: Sized + Send + 'static {
     /// Rotary tables for at most `rows_max` rows.
     fn rope(&self, rope: &Rope, rows_max: usize) -> Result<Self::Rope, DeviceError>;
 
-    /// Routes of at most `rows_max` rows to `used` experts each.
-    fn routes(&self, rows_max: usize, used: usize) -> Result<Self::Routes, DeviceError>;
+    /// Routes of at most `rows_max` rows to `used` of `experts` each.
+    fn routes(
+        &self,
+        rows_max: usize,
+        experts: usize,
+        used: usize,
+    ) -> Result<Self::Routes, DeviceError>;
 
     /// Makes the sequences of a pass known: their rows ascend and do not overlap, and their blocks
     /// reach to their last position.
@@ -189,8 +194,8 @@ pub trait Device: Sized + Send + 'static {
     /// Rotates `x`, `[rows, heads * head_dim]`, in place.
     fn rotate(&mut self, rope: &Self::Rope, x: &mut Self::Buffer, heads: usize, head_dim: usize);
 
-    /// Keeps the rows of `runs`, which ascend and do not overlap, one after another from row 0 on;
-    /// the others are gone.
+    /// Keeps the rows of `runs`, which ascend, do not overlap and may be empty, one after another from
+    /// row 0 on; the others are gone.
     fn keep_rows(&mut self, x: &mut Self::Buffer, runs: &[Range<usize>]);
 
     /// `out = head * x[t]` for `rows` of `x`, `[rows, vocab]` in memory of the host: only the rows that

@@ -30,7 +30,7 @@ impl<D: Device> MixtureScratch<D> {
         };
         Ok(MixtureScratch {
             scores: device.buffer(rows, experts)?,
-            routes: device.routes(rows, used)?,
+            routes: device.routes(rows, experts, used)?,
             runs: Vec::new(),
             input: device.buffer(rows, config.hidden)?,
             output: device.buffer(rows, config.hidden)?,

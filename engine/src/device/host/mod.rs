@@ -106,7 +106,7 @@ impl Device for Host {
         Ok(RopeTable::new(layout, &rope.inv_freq(), rope.mscale()))
     }
 
-    fn routes(&self, _rows_max: usize, _used: usize) -> Result<Routes, DeviceError> {
+    fn routes(&self, _rows: usize, _experts: usize, _used: usize) -> Result<Routes, DeviceError> {
         Ok(Routes::default())
     }
 
