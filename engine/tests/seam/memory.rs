@@ -23,6 +23,7 @@ struct State {
     queue: VecDeque<Kernel>,
     begun: u64,
     done: u64,
+    waits: u64,
     /// The operation that fails, and everything from it on.
     fails_at: Option<u64>,
 }
@@ -86,6 +87,7 @@ impl Memory {
     /// Does the first `operations` of all that were begun.
     pub fn wait(&self, operations: u64) -> Result<(), DeviceError> {
         let mut state = self.lock();
+        state.waits += 1;
         while state.done < operations {
             if state.fails_at.is_some_and(|at| at <= state.done) {
                 return Err(DeviceError::Lost { reason: "it was told to".into() });
@@ -100,6 +102,11 @@ impl Memory {
     /// Operations that nobody has waited for.
     pub fn waiting(&self) -> usize {
         self.lock().queue.len()
+    }
+
+    /// How often somebody has waited.
+    pub fn waits(&self) -> u64 {
+        self.lock().waits
     }
 
     /// Lets the operation after `more` further ones fail.
