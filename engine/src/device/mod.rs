@@ -87,7 +87,8 @@ pub trait Device: Sized + Send + 'static {
 
     /// Packs a matrix of `rows` x `cols`, from `bytes` that are row-major in `format`. How is the
     /// device's own business: panels, other blocks, another place. All formats of [`Format`] come, as
-    /// they are in the file.
+    /// they are in the file; for one that the device does not have it says `Unsupported`, and the model
+    /// is not loaded.
     fn matrix(
         &self,
         format: Format,
@@ -277,8 +278,8 @@ pub trait Device: Sized + Send + 'static {
     /// A block leaves: its payload in the canonical layout, `[layer][k|v][kv_head][token][head_dim]`,
     /// little-endian, as every operation before this call left it.
     ///
-    /// No step can begin while the payload lives, since it borrows the device: it is a snapshot without
-    /// having to be a copy. `block` is below the capacity.
+    /// A snapshot either way: no step can begin while a borrowed payload lives, and a copy is complete
+    /// when this returns. `block` is below the capacity.
     fn block<'a>(
         &'a self,
         kv: &'a Self::Kv,
