@@ -3,6 +3,7 @@
 //! Everything here is synchronous. Refuses: tokio, sockets and policy.
 
 pub mod chat;
+pub mod device;
 pub mod executor;
 pub mod grammar;
 pub mod model;

@@ -1,10 +1,12 @@
 //! Why a step was refused.
 
+use crate::device::DeviceError;
 use cache::BlockId;
 use protocol::{SequenceId, TokenId};
 use thiserror::Error;
 
-/// A step that the executor did not begin: nothing was computed and no block changed.
+/// A step that the executor did not begin, so that nothing was computed and no block changed; but for
+/// [`Device`](StepError::Device), after which nothing is known of any block.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum StepError {
     #[error("{sequence} appears twice in one step")]
@@ -31,6 +33,8 @@ pub enum StepError {
          take them by `step_each` or in smaller steps"
     )]
     OutputTooLarge { rows: usize, rows_max: usize },
+    #[error(transparent)]
+    Device(#[from] DeviceError),
 }
 
 /// Why an executor could not be made.
@@ -48,4 +52,18 @@ pub enum ExecutorError {
          values; give less"
     )]
     KvTooLarge { blocks: usize, block_bytes: usize },
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}
+
+/// Why a payload was not written. The block is as it was, but for [`Device`](BlockWriteError::Device),
+/// after which nothing is known of any block.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum BlockWriteError {
+    #[error("block {} is beyond the {capacity} blocks of the storage", block.0)]
+    UnknownBlock { block: BlockId, capacity: usize },
+    #[error("a payload of {bytes} bytes is not a block of {block_bytes} bytes")]
+    WrongSize { bytes: usize, block_bytes: usize },
+    #[error(transparent)]
+    Device(#[from] DeviceError),
 }

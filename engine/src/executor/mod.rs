@@ -1,8 +1,9 @@
 //! A step plan in, logits out.
 //!
-//! Owns the bytes of the KV blocks and the forward pass of a batch. Refuses policy: which sequences
-//! run, which blocks they get and what is sampled is decided elsewhere; a plan that contradicts
-//! itself is refused before anything is computed.
+//! Owns the forward pass of a batch, and the KV blocks that it reads and writes. Refuses policy: which
+//! sequences run, which blocks they get and what is sampled is decided elsewhere; a plan that
+//! contradicts itself is refused before anything is computed. Refuses arithmetic, too: the
+//! [`device`](crate::device) computes.
 //!
 //! # Exactness
 //! The rows of a sequence are the same, bit for bit, whatever else is in the step, however its
@@ -12,23 +13,20 @@
 mod batch;
 mod error;
 mod forward;
-mod kv;
 mod mixture;
 mod output;
 mod profile;
 
-pub use error::{ExecutorError, StepError};
-pub use kernels::attention::{KvDtype, KvLayout};
-pub use kv::{BlockWriteError, KvStorage};
+pub use crate::device::{KvDtype, KvLayout};
+pub use error::{BlockWriteError, ExecutorError, StepError};
 pub use output::{OutputRow, RowValues, StepOutput};
 pub use profile::{StepOp, StepProfile};
 
-use crate::model::{Decoder, NumericalIdentity};
+use crate::device::{Device, DeviceError, Host};
+use crate::model::{Decoder, DecoderConfig, NumericalIdentity};
 use batch::{PassCursor, PlanChecker, PlanLimits, Segment, wanted_rows, wanted_suffix};
 use cache::{BLOCK_TOKENS_DEFAULT, BlockId};
-use forward::{Pass, Scratch, sized};
-use kernels::linear::{Activations, matmul};
-use kernels::pool::ThreadPool;
+use forward::{Pass, Scratch, lap};
 use scheduler::{LogitsWanted, StepPlan};
 use std::sync::Arc;
 
@@ -40,7 +38,8 @@ pub struct ExecutorOptions {
     /// Tokens in a block: 8, 16, 32 or 64.
     pub block_tokens: usize,
     pub kv_capacity: KvCapacity,
-    /// Threads that compute, the caller's included; 0 for one for each CPU.
+    /// Threads of [`Host`] that compute, the caller's included; 0 for one for each CPU. Not looked at
+    /// where the device is given.
     pub threads: usize,
     /// Tokens computed at once. A larger step is cut into passes of so many; buffers are as large as
     /// the largest pass.
@@ -70,18 +69,20 @@ impl Default for ExecutorOptions {
     }
 }
 
-/// Computes steps of one model.
-pub struct Executor {
-    decoder: Arc<Decoder>,
-    pool: ThreadPool,
-    kv: KvStorage,
+/// Computes steps of one model on one device.
+pub struct Executor<D: Device = Host> {
+    decoder: Arc<Decoder<D>>,
+    device: D,
+    kv: D::Kv,
+    layout: KvLayout,
     limits: PlanLimits,
     tokens_per_pass: usize,
     checker: PlanChecker,
     segments: Vec<Segment>,
     rows: Vec<RowSource>,
-    scratch: Scratch,
-    head: HeadScratch,
+    scratch: Scratch<D>,
+    /// Logits of a few rows, `[rows, vocab]`, where they are handed out one by one.
+    logits: Vec<f32>,
     output: StepOutput,
     profile: StepProfile,
 }
@@ -95,14 +96,6 @@ struct RowSource {
     hidden: bool,
 }
 
-/// Buffers of the output matrix.
-#[derive(Debug, Default)]
-struct HeadScratch {
-    input: Activations,
-    /// `[rows, vocab]`
-    logits: Vec<f32>,
-}
-
 impl Executor {
     /// Reserves the KV storage and starts the threads.
     pub fn new(
@@ -110,44 +103,54 @@ impl Executor {
         options: &ExecutorOptions,
     ) -> Result<Self, ExecutorError> {
         let decoder = decoder.into();
+        let host = Host::new(decoder.head.isa(), options.threads);
+        Executor::on(host, decoder, options)
+    }
+
+    /// Threads that compute, the caller's included.
+    pub fn threads(&self) -> usize {
+        self.device.threads()
+    }
+}
+
+impl<D: Device> Executor<D> {
+    /// [`new`](Executor::new) for any device: the one that `decoder` was loaded on.
+    pub fn on(
+        device: D,
+        decoder: impl Into<Arc<Decoder<D>>>,
+        options: &ExecutorOptions,
+    ) -> Result<Self, ExecutorError> {
+        let decoder = decoder.into();
         let config = decoder.config();
-        let block_tokens = options.block_tokens;
-        if !BLOCK_TOKENS.contains(&block_tokens) {
-            return Err(ExecutorError::BlockTokens { block_tokens });
-        }
-        let layout = KvLayout {
-            layers: config.layers,
-            kv_heads: config.kv_heads,
-            head_dim: config.head_dim,
-            block_tokens,
-            dtype: options.kv_dtype,
-        };
-        let blocks = match options.kv_capacity {
-            KvCapacity::Blocks(blocks) => blocks,
-            KvCapacity::Bytes(bytes) => bytes / layout.block_bytes(),
-        };
-        if blocks == 0 || u32::try_from(blocks).is_err() {
-            let block_bytes = layout.block_bytes();
-            return Err(ExecutorError::KvBlocks { blocks, block_bytes });
-        }
+        let (layout, blocks) = kv_shape(config, options)?;
+        let block_tokens = layout.block_tokens;
         let limits = PlanLimits {
             vocab: config.vocab,
             context_tokens_max: config.context,
             block_tokens,
             blocks,
         };
+        let kv = device.kv(&layout, blocks).map_err(|error| match error {
+            DeviceError::Memory { .. } => {
+                ExecutorError::KvTooLarge { blocks, block_bytes: layout.block_bytes() }
+            }
+            error => error.into(),
+        })?;
+        // No pass has more tokens than there is room for.
+        let tokens_per_pass = options.tokens_per_pass.clamp(1, blocks.saturating_mul(block_tokens));
         Ok(Executor {
-            pool: ThreadPool::new(threads_or_all(options.threads)),
-            kv: KvStorage::new(layout, blocks)?,
+            kv,
+            layout,
             limits,
-            tokens_per_pass: options.tokens_per_pass.max(1),
+            tokens_per_pass,
             checker: PlanChecker::default(),
             segments: Vec::new(),
             rows: Vec::new(),
-            scratch: Scratch::new(&decoder),
-            head: HeadScratch::default(),
+            scratch: Scratch::new(&device, &decoder, tokens_per_pass)?,
+            logits: Vec::new(),
             output: StepOutput::default(),
             profile: StepProfile::new(options.profile),
+            device,
             decoder,
         })
     }
@@ -168,23 +171,24 @@ impl Executor {
         self.output.prepare(plan, vocab, hidden);
         self.profile.begin();
         let (mut cursor, mut logits_at, mut hidden_at) = (PassCursor::default(), 0, 0);
-        while self.next_pass(plan, &mut cursor) {
+        while self.next_pass(plan, &mut cursor)? {
             let mut first = 0;
             for run in self.rows.chunk_by(|a, b| a.hidden == b.hidden) {
-                let from = &mut self.scratch.normed;
+                let (from, rows) = (&mut self.scratch.normed, first..first + run.len());
                 if run[0].hidden {
-                    let values = &from.values()[first * hidden..][..run.len() * hidden];
-                    self.output.hidden[hidden_at..][..values.len()].copy_from_slice(values);
-                    hidden_at += values.len();
+                    let out = &mut self.output.hidden[hidden_at..][..run.len() * hidden];
+                    self.device.read(from, rows, out)?;
+                    hidden_at += run.len() * hidden;
                 } else {
                     let out = &mut self.output.logits[logits_at..][..run.len() * vocab];
-                    self.head.multiply(&self.decoder, &self.pool, from, first, out);
+                    self.device.logits(&self.decoder.head, from, rows, out)?;
                     logits_at += run.len() * vocab;
                 }
                 first += run.len();
             }
-            self.profile.lap(StepOp::Head);
+            lap(&mut self.device, &mut self.profile, StepOp::Head);
         }
+        self.device.synchronize()?;
         Ok(&mut self.output)
     }
 
@@ -201,19 +205,21 @@ impl Executor {
         let mut row = vec![0.0; hidden];
         let mut cursor = PassCursor::default();
         self.profile.begin();
-        while self.next_pass(plan, &mut cursor) {
-            let mut logits = std::mem::take(&mut self.head.logits);
+        while self.next_pass(plan, &mut cursor)? {
+            let mut logits = std::mem::take(&mut self.logits);
             for (chunk, sources) in self.rows.chunks(HEAD_ROWS).enumerate() {
                 let first = chunk * HEAD_ROWS;
                 let from = &mut self.scratch.normed;
                 if sources.iter().any(|source| !source.hidden) {
-                    let out = sized(&mut logits, sources.len() * vocab);
-                    self.head.multiply(&self.decoder, &self.pool, from, first, out);
+                    let rows = first..first + sources.len();
+                    logits.resize((sources.len() * vocab).max(logits.len()), 0.0);
+                    let out = &mut logits[..sources.len() * vocab];
+                    self.device.logits(&self.decoder.head, from, rows, out)?;
                 }
-                self.profile.lap(StepOp::Head);
+                lap(&mut self.device, &mut self.profile, StepOp::Head);
                 for (i, source) in sources.iter().enumerate() {
                     let values = if source.hidden {
-                        row.copy_from_slice(&from.values()[(first + i) * hidden..][..hidden]);
+                        self.device.read(from, first + i..first + i + 1, &mut row)?;
                         RowValues::Hidden(&mut row)
                     } else {
                         RowValues::Logits(&mut logits[i * vocab..][..vocab])
@@ -222,17 +228,18 @@ impl Executor {
                     receive(OutputRow { sequence, position: source.position, values });
                 }
             }
-            self.head.logits = logits;
+            self.logits = logits;
         }
+        self.device.synchronize()?;
         Ok(())
     }
 
     /// Computes the next pass of a plan; false when there is none. Its rows are noted in
     /// `self.rows`, their hidden states are in `self.scratch.normed`.
-    fn next_pass(&mut self, plan: &StepPlan, cursor: &mut PassCursor) -> bool {
+    fn next_pass(&mut self, plan: &StepPlan, cursor: &mut PassCursor) -> Result<bool, DeviceError> {
         cursor.next(plan, self.tokens_per_pass, &mut self.segments);
         if self.segments.is_empty() {
-            return false;
+            return Ok(false);
         }
         self.rows.clear();
         for segment in &self.segments {
@@ -245,25 +252,21 @@ impl Executor {
         }
         let mut pass = Pass {
             decoder: &self.decoder,
-            pool: &self.pool,
+            device: &mut self.device,
             kv: &mut self.kv,
+            block_tokens: self.limits.block_tokens,
             scratch: &mut self.scratch,
             profile: &mut self.profile,
             plan,
             segments: &self.segments,
         };
-        let rows = pass.run();
+        let rows = pass.run()?;
         debug_assert_eq!(rows, self.rows.len());
-        true
+        Ok(true)
     }
 
-    pub fn decoder(&self) -> &Arc<Decoder> {
+    pub fn decoder(&self) -> &Arc<Decoder<D>> {
         &self.decoder
-    }
-
-    /// Threads that compute, the caller's included.
-    pub fn threads(&self) -> usize {
-        self.pool.threads()
     }
 
     pub fn block_tokens(&self) -> usize {
@@ -277,7 +280,7 @@ impl Executor {
 
     /// Bytes of one block's payload.
     pub fn block_bytes(&self) -> usize {
-        self.kv.layout().block_bytes()
+        self.layout.block_bytes()
     }
 
     /// Bytes of keys and values that one token takes.
@@ -290,14 +293,17 @@ impl Executor {
         self.limits.context_tokens_max
     }
 
-    /// The payload of a block in the canonical layout; `None` for an id beyond the capacity.
-    pub fn block_payload(&self, block: BlockId) -> Option<&[u8]> {
-        self.kv.block(block)
+    /// The payload of a block in the canonical layout, as the last step left it; `None` for an id
+    /// beyond the capacity, and where the device has failed. On [`Host`] the bytes are borrowed, not
+    /// copied.
+    pub fn block_payload(&self, block: BlockId) -> Option<D::Payload<'_>> {
+        let is_known = (block.0 as usize) < self.limits.blocks;
+        is_known.then(|| self.device.block(&self.kv, block).ok())?
     }
 
     /// Puts a payload that another executor of the same [`NumericalIdentity`] computed into a block.
     pub fn write_block(&mut self, block: BlockId, payload: &[u8]) -> Result<(), BlockWriteError> {
-        self.kv.write_block(block, &[payload])
+        self.write_block_pieces(block, &[payload])
     }
 
     /// The same with a payload in pieces, as it comes from a socket.
@@ -306,17 +312,25 @@ impl Executor {
         block: BlockId,
         pieces: &[P],
     ) -> Result<(), BlockWriteError> {
-        self.kv.write_block(block, pieces)
+        let (capacity, block_bytes) = (self.limits.blocks, self.block_bytes());
+        if block.0 as usize >= capacity {
+            return Err(BlockWriteError::UnknownBlock { block, capacity });
+        }
+        let bytes = pieces.iter().map(|piece| piece.as_ref().len()).sum();
+        if bytes != block_bytes {
+            return Err(BlockWriteError::WrongSize { bytes, block_bytes });
+        }
+        Ok(self.device.write_block(&mut self.kv, block, pieces)?)
     }
 
     /// How keys and values lie in a block.
     pub fn kv_layout(&self) -> &KvLayout {
-        self.kv.layout()
+        &self.layout
     }
 
     /// What keys and values depend on: only executors with equal identities may share blocks.
     pub fn identity(&self) -> NumericalIdentity {
-        self.decoder.identity(self.kv.layout())
+        self.decoder.identity(&self.layout)
     }
 
     /// Where time went, if `ExecutorOptions::profile` was set.
@@ -330,34 +344,30 @@ impl Executor {
     }
 }
 
-impl HeadScratch {
-    /// `out = output matrix * rows`, for `out.len() / vocab` rows of `from` beginning at `first`.
-    fn multiply(
-        &mut self,
-        decoder: &Decoder,
-        pool: &ThreadPool,
-        from: &mut Activations,
-        first: usize,
-        out: &mut [f32],
-    ) {
-        let rows = out.len() / decoder.head.rows();
-        if rows == from.tokens() {
-            matmul(pool, &decoder.head, from, out);
-            return;
-        }
-        let width = from.cols();
-        let values = &from.values()[first * width..][..rows * width];
-        self.input.resize(rows, width).copy_from_slice(values);
-        matmul(pool, &decoder.head, &mut self.input, out);
+/// How blocks look, and how many there are.
+fn kv_shape(
+    config: &DecoderConfig,
+    options: &ExecutorOptions,
+) -> Result<(KvLayout, usize), ExecutorError> {
+    let block_tokens = options.block_tokens;
+    if !BLOCK_TOKENS.contains(&block_tokens) {
+        return Err(ExecutorError::BlockTokens { block_tokens });
     }
-}
-
-/// `threads`, or for 0 one for each CPU that this process may use.
-pub(crate) fn threads_or_all(threads: usize) -> usize {
-    match threads {
-        0 => std::thread::available_parallelism().map_or(1, usize::from),
-        threads => threads,
+    let layout = KvLayout {
+        layers: config.layers,
+        kv_heads: config.kv_heads,
+        head_dim: config.head_dim,
+        block_tokens,
+        dtype: options.kv_dtype,
+    };
+    let blocks = match options.kv_capacity {
+        KvCapacity::Blocks(blocks) => blocks,
+        KvCapacity::Bytes(bytes) => bytes / layout.block_bytes(),
+    };
+    if blocks == 0 || u32::try_from(blocks).is_err() {
+        return Err(ExecutorError::KvBlocks { blocks, block_bytes: layout.block_bytes() });
     }
+    Ok((layout, blocks))
 }
 
 /// Bytes of output that [`Executor::step`] keeps; more rows are to be taken by

@@ -85,6 +85,10 @@ impl StepProfile {
         Duration::from_nanos(self.nanos.iter().sum())
     }
 
+    pub(super) fn is_enabled(&self) -> bool {
+        self.enabled
+    }
+
     /// Starts the clock of a step.
     pub(super) fn begin(&mut self) {
         if self.enabled {

@@ -1,35 +1,33 @@
-//! A decoder's weights, packed for the CPU.
+//! A decoder's weights, packed for a device.
 
-use super::embedding::Embedding;
-use super::identity::{NUMERICS_VERSION, NumericalIdentity, rope_digest};
+use super::identity::{NumericalIdentity, rope_digest};
 use super::layer::{Attention, FeedForward, Gated, Layer, Mixture, Projection};
-use super::{DecoderConfig, RopeLayout, TensorSource};
+use super::{DecoderConfig, TensorSource};
+use crate::device::{Device, DeviceError, Host};
 use crate::weights::{Format, ModelError, Tensor, TensorRole};
 use kernels::attention::KvLayout;
 use kernels::format::dequantize;
 use kernels::isa::Isa;
-use kernels::linear::{Matrix, PackError};
-use kernels::ops::RopeTable;
 use kernels::pool::ThreadPool;
 use kernels::quant::{quantize_q4_0, quantize_q8_0};
 use std::sync::Arc;
 use thiserror::Error;
 
-/// A model made ready to compute: every matrix packed, the token embedding left in the file.
-pub struct Decoder {
+/// A model made ready to compute: every tensor as the device wants it.
+pub struct Decoder<D: Device = Host> {
     pub(crate) config: DecoderConfig,
-    pub(crate) isa: Isa,
-    pub(crate) embedding: Embedding,
-    pub(crate) layers: Vec<Layer>,
+    source: Arc<dyn TensorSource>,
+    pub(crate) embedding: D::Table,
+    pub(crate) layers: Vec<Layer<D>>,
     /// `[hidden]`
-    pub(crate) final_norm: Vec<f32>,
+    pub(crate) final_norm: D::Vector,
     /// `[vocab, hidden]`
-    pub(crate) head: Matrix,
+    pub(crate) head: D::Matrix,
     quant: Option<Quant>,
     packed_bytes: u64,
 }
 
-/// How a [`Decoder`] is loaded.
+/// How a [`Decoder`] is loaded for the CPU.
 pub struct LoadOptions<'a> {
     /// Kernels to pack for.
     pub isa: Isa,
@@ -76,12 +74,26 @@ impl Decoder {
         if !isa.is_available() {
             return Err(LoadError::Isa { isa });
         }
+        let host = Host::new(isa, threads);
+        Decoder::load_on(&host, host.pool(), source, quant, progress)
+    }
+}
+
+impl<D: Device> Decoder<D> {
+    /// [`load`](Decoder::load) for any device: `quant` as there; the threads of `pool` quantize.
+    pub fn load_on(
+        device: &D,
+        pool: &ThreadPool,
+        source: Arc<dyn TensorSource>,
+        quant: Option<Quant>,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Decoder<D>, LoadError> {
         let config = source.config().clone();
         let mut loader = Loader {
             source: &*source,
             config: &config,
-            pool: ThreadPool::new(crate::executor::threads_or_all(threads)),
-            isa,
+            device,
+            pool,
             quant,
             progress,
             bytes_done: 0,
@@ -95,8 +107,8 @@ impl Decoder {
         let final_norm = loader.vector(TensorRole::OutputNorm)?;
         let head = loader.head()?;
         let packed_bytes = loader.packed_bytes;
-        let embedding = Embedding::new(Arc::clone(&source))?;
-        Ok(Decoder { config, isa, embedding, layers, final_norm, head, quant, packed_bytes })
+        let embedding = device.table(&source)?;
+        Ok(Decoder { config, source, embedding, layers, final_norm, head, quant, packed_bytes })
     }
 
     pub fn config(&self) -> &DecoderConfig {
@@ -112,21 +124,13 @@ impl Decoder {
     /// all weights.
     pub fn identity(&self, layout: &KvLayout) -> NumericalIdentity {
         NumericalIdentity {
-            weights_digest: self.embedding.source().digest(),
+            weights_digest: self.source.digest(),
             quant: self.quant,
             architecture: self.config.architecture,
             kv_dtype: layout.dtype,
             rope_digest: rope_digest(&self.config.rope),
-            numerics_version: NUMERICS_VERSION,
+            numerics_version: D::NUMERICS,
         }
-    }
-
-    pub(crate) fn rope_table(&self) -> RopeTable {
-        let layout = match self.config.rope.layout {
-            RopeLayout::Interleaved => kernels::ops::RopeLayout::Interleaved,
-            RopeLayout::Half => kernels::ops::RopeLayout::HalfSplit,
-        };
-        RopeTable::new(layout, &self.config.rope.inv_freq(), self.config.rope.mscale())
     }
 }
 
@@ -142,11 +146,11 @@ fn bytes_total(source: &dyn TensorSource) -> Result<u64, LoadError> {
 }
 
 /// Loading in progress.
-struct Loader<'a> {
+struct Loader<'a, D> {
     source: &'a dyn TensorSource,
     config: &'a DecoderConfig,
-    pool: ThreadPool,
-    isa: Isa,
+    device: &'a D,
+    pool: &'a ThreadPool,
     quant: Option<Quant>,
     progress: &'a mut dyn FnMut(LoadProgress),
     bytes_done: u64,
@@ -154,8 +158,8 @@ struct Loader<'a> {
     packed_bytes: u64,
 }
 
-impl<'a> Loader<'a> {
-    fn layer(&mut self, l: usize) -> Result<Layer, LoadError> {
+impl<'a, D: Device> Loader<'a, D> {
+    fn layer(&mut self, l: usize) -> Result<Layer<D>, LoadError> {
         use TensorRole::*;
         let config = self.config;
         let (qkv_bias, qk_norm) = (config.qkv_bias, config.qk_norm);
@@ -177,7 +181,7 @@ impl<'a> Loader<'a> {
                 down: self.projection(Down(l), config.mlp_bias.then_some(DownBias(l)))?,
             }),
             Some(moe) => {
-                let router = self.matrix(Router(l), None)?;
+                let router = Projection { weight: self.matrix(Router(l), None)?, bias: None };
                 let mut experts = Vec::new();
                 for e in 0..moe.experts {
                     experts.push(Gated {
@@ -193,7 +197,7 @@ impl<'a> Loader<'a> {
         Ok(Layer { attention_norm, attention, feed_forward_norm, feed_forward })
     }
 
-    fn head(&mut self) -> Result<Matrix, LoadError> {
+    fn head(&mut self) -> Result<D::Matrix, LoadError> {
         let quant = self.quant.map(|_| Quant::Q8_0);
         let role = match self.config.tied_embeddings {
             true => TensorRole::TokenEmbedding,
@@ -206,39 +210,40 @@ impl<'a> Loader<'a> {
         &mut self,
         weight: TensorRole,
         bias: Option<TensorRole>,
-    ) -> Result<Projection, LoadError> {
+    ) -> Result<Projection<D>, LoadError> {
         let quant = self.quant;
         Ok(Projection { weight: self.matrix(weight, quant)?, bias: self.optional(bias)? })
     }
 
-    fn optional(&mut self, role: Option<TensorRole>) -> Result<Option<Vec<f32>>, LoadError> {
+    fn optional(&mut self, role: Option<TensorRole>) -> Result<Option<D::Vector>, LoadError> {
         role.map(|role| self.vector(role)).transpose()
     }
 
-    fn vector(&mut self, role: TensorRole) -> Result<Vec<f32>, LoadError> {
+    fn vector(&mut self, role: TensorRole) -> Result<D::Vector, LoadError> {
         let tensor = self.tensor(role)?;
         let mut values = vec![0.0; tensor.rows * tensor.cols];
         dequantize(tensor.format, &tensor.bytes, &mut values).map_err(|e| LoadError::Tensor {
             tensor: tensor.name.clone(),
             reason: e.to_string(),
         })?;
+        let vector = self.device.vector(&values).map_err(|e| Self::refuse(&tensor, e))?;
         self.note(&tensor);
-        Ok(values)
+        Ok(vector)
     }
 
-    fn matrix(&mut self, role: TensorRole, quant: Option<Quant>) -> Result<Matrix, LoadError> {
+    fn matrix(&mut self, role: TensorRole, quant: Option<Quant>) -> Result<D::Matrix, LoadError> {
         let tensor = self.tensor(role)?;
         let Tensor { rows, cols, .. } = tensor;
         let fits = !tensor.format.is_quantized() && cols.is_multiple_of(QUANT_BLOCK);
         let packed = match quant.filter(|_| fits) {
             Some(quant) => {
                 let bytes = self.quantize(&tensor, quant)?;
-                Matrix::pack(self.isa, &self.pool, quant.format(), rows, cols, &bytes)
+                self.device.matrix(quant.format(), rows, cols, &bytes)
             }
-            None => Matrix::pack(self.isa, &self.pool, tensor.format, rows, cols, &tensor.bytes),
+            None => self.device.matrix(tensor.format, rows, cols, &tensor.bytes),
         };
         let matrix = packed.map_err(|e| Self::refuse(&tensor, e))?;
-        self.packed_bytes += matrix.packed_bytes() as u64;
+        self.packed_bytes += D::matrix_bytes(&matrix) as u64;
         self.note(&tensor);
         self.source.release(role);
         Ok(matrix)
@@ -255,11 +260,8 @@ impl<'a> Loader<'a> {
         Ok(tensor)
     }
 
-    fn refuse(tensor: &Tensor<'_>, error: PackError) -> LoadError {
-        match error {
-            PackError::Isa { isa } => LoadError::Isa { isa },
-            error => LoadError::Tensor { tensor: tensor.name.clone(), reason: error.to_string() },
-        }
+    fn refuse(tensor: &Tensor<'_>, error: DeviceError) -> LoadError {
+        LoadError::Tensor { tensor: tensor.name.clone(), reason: error.to_string() }
     }
 
     /// A float matrix in blocks of `quant`.

@@ -16,7 +16,7 @@ pub struct NumericalIdentity {
     pub kv_dtype: KvDtype,
     /// BLAKE3 of the rotary frequencies, their scale and their layout.
     pub rope_digest: [u8; 32],
-    /// [`NUMERICS_VERSION`] of the engine.
+    /// [`Device::NUMERICS`](crate::device::Device::NUMERICS) of what computes.
     pub numerics_version: u32,
 }
 
@@ -57,7 +57,7 @@ pub(crate) fn rope_digest(rope: &Rope) -> [u8; 32] {
     *hasher.finalize().as_bytes()
 }
 
-/// Grows whenever a change of the engine changes the bits of keys and values.
+/// Grows whenever a change of the engine changes the bits of keys and values on the CPU.
 pub const NUMERICS_VERSION: u32 = 2;
 
 const CONTEXT: &str = "grapevine 2026-11 numerical identity of keys and values";

@@ -75,6 +75,7 @@ impl Activations {
     }
 
     /// Sets the shape and gives the values to be written, `[tokens][cols]`, with what was there.
+    #[inline]
     pub fn resize(&mut self, tokens: usize, cols: usize) -> &mut [f32] {
         (self.tokens, self.cols) = (tokens, cols);
         let len = tokens.checked_mul(cols).expect("inputs fit into memory");
@@ -85,21 +86,25 @@ impl Activations {
     }
 
     /// Tokens.
+    #[inline]
     pub fn tokens(&self) -> usize {
         self.tokens
     }
 
     /// Inputs of a token.
+    #[inline]
     pub fn cols(&self) -> usize {
         self.cols
     }
 
     /// The inputs, `[tokens][cols]`.
+    #[inline]
     pub fn values(&self) -> &[f32] {
         &self.values[..self.tokens * self.cols]
     }
 
     /// The inputs for writing; their other forms are made anew when they are needed next.
+    #[inline]
     pub fn values_mut(&mut self) -> &mut [f32] {
         self.quantized = false;
         self.plain.clear();

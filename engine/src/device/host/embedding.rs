@@ -1,6 +1,6 @@
 //! Rows of the token embedding, read where they lie.
 
-use super::{LoadError, TensorSource};
+use crate::model::{LoadError, TensorSource};
 use crate::weights::{Format, Tensor, TensorRole};
 use kernels::format::dequantize;
 use kernels::pool::ThreadPool;
@@ -9,7 +9,7 @@ use std::borrow::Cow;
 use std::sync::Arc;
 
 /// The token embedding `[vocab, hidden]`, in the format of the file and without a copy of it.
-pub(crate) struct Embedding {
+pub struct Embedding {
     source: Arc<dyn TensorSource>,
     /// The table, where the source had to make it; otherwise it stays in the source.
     made: Option<Vec<u8>>,
@@ -19,7 +19,7 @@ pub(crate) struct Embedding {
 }
 
 impl Embedding {
-    pub fn new(source: Arc<dyn TensorSource>) -> Result<Self, LoadError> {
+    pub(super) fn new(source: Arc<dyn TensorSource>) -> Result<Self, LoadError> {
         let table = source.tensor(TensorRole::TokenEmbedding)?;
         let Tensor { format, cols: hidden, .. } = table;
         let row_bytes = format.bytes_for(hidden).ok_or_else(|| {
@@ -33,12 +33,12 @@ impl Embedding {
         Ok(Embedding { source, made, format, row_bytes, hidden })
     }
 
-    pub fn source(&self) -> &dyn TensorSource {
-        &*self.source
+    pub(super) fn hidden(&self) -> usize {
+        self.hidden
     }
 
     /// `out[t] = table[tokens[t]]`, `[tokens, hidden]`. Every token is in the vocabulary.
-    pub fn look_up(&self, pool: &ThreadPool, tokens: &[TokenId], out: &mut [f32]) {
+    pub(super) fn look_up(&self, pool: &ThreadPool, tokens: &[TokenId], out: &mut [f32]) {
         let table = match &self.made {
             Some(bytes) => Cow::Borrowed(bytes.as_slice()),
             None => match self.source.tensor(TensorRole::TokenEmbedding) {

@@ -1,9 +1,8 @@
 //! The bytes of KV blocks.
 
-use super::ExecutorError;
+use crate::device::DeviceError;
 use cache::BlockId;
 use kernels::attention::{KvLayout, KvView};
-use thiserror::Error;
 
 /// Storage for a fixed number of blocks in one allocation.
 ///
@@ -19,10 +18,9 @@ pub struct KvStorage {
 
 impl KvStorage {
     /// Room for `capacity` blocks; nothing is touched yet.
-    pub fn new(layout: KvLayout, capacity: usize) -> Result<Self, ExecutorError> {
-        let too_large =
-            || ExecutorError::KvTooLarge { blocks: capacity, block_bytes: layout.block_bytes() };
-        let bytes = capacity.checked_mul(layout.block_bytes()).ok_or_else(too_large)?;
+    pub(super) fn new(layout: KvLayout, capacity: usize) -> Result<Self, DeviceError> {
+        let bytes = capacity.saturating_mul(layout.block_bytes());
+        let too_large = || DeviceError::Memory { bytes };
         let len = bytes.checked_add(ALIGNMENT).ok_or_else(too_large)?;
         // Asks whether the memory can be had before an allocation that would abort.
         Vec::<u8>::new().try_reserve_exact(len).map_err(|_| too_large())?;
@@ -31,43 +29,21 @@ impl KvStorage {
         Ok(KvStorage { layout, capacity, bytes, start })
     }
 
-    pub fn layout(&self) -> &KvLayout {
-        &self.layout
-    }
-
-    /// Blocks that it holds.
-    pub fn capacity(&self) -> usize {
-        self.capacity
-    }
-
-    /// The payload of a block; `None` beyond the capacity.
-    pub fn block(&self, block: BlockId) -> Option<&[u8]> {
+    /// The payload of a block.
+    pub(super) fn block(&self, block: BlockId) -> &[u8] {
         let size = self.layout.block_bytes();
-        ((block.0 as usize) < self.capacity)
-            .then(|| &self.bytes[self.start + block.0 as usize * size..][..size])
+        &self.bytes[self.start + block.0 as usize * size..][..size]
     }
 
     /// Replaces the payload of a block by these pieces, one after the other.
-    pub fn write_block<P: AsRef<[u8]>>(
-        &mut self,
-        block: BlockId,
-        pieces: &[P],
-    ) -> Result<(), BlockWriteError> {
+    pub(super) fn write_block<P: AsRef<[u8]>>(&mut self, block: BlockId, pieces: &[P]) {
         let size = self.layout.block_bytes();
-        if block.0 as usize >= self.capacity {
-            return Err(BlockWriteError::UnknownBlock { block, capacity: self.capacity });
-        }
-        let bytes = pieces.iter().map(|piece| piece.as_ref().len()).sum();
-        if bytes != size {
-            return Err(BlockWriteError::WrongSize { bytes, block_bytes: size });
-        }
         let mut rest = &mut self.bytes[self.start + block.0 as usize * size..][..size];
         for piece in pieces {
             let (place, after) = rest.split_at_mut(piece.as_ref().len());
             place.copy_from_slice(piece.as_ref());
             rest = after;
         }
-        Ok(())
     }
 
     /// All blocks for reading.
@@ -81,15 +57,6 @@ impl KvStorage {
         let len = self.capacity * self.layout.block_bytes();
         (&self.layout, &mut self.bytes[self.start..][..len])
     }
-}
-
-/// Why a payload was not written. The block is as it was.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-pub enum BlockWriteError {
-    #[error("block {} is beyond the {capacity} blocks of the storage", block.0)]
-    UnknownBlock { block: BlockId, capacity: usize },
-    #[error("a payload of {bytes} bytes is not a block of {block_bytes} bytes")]
-    WrongSize { bytes: usize, block_bytes: usize },
 }
 
 /// Blocks begin at a cache line.
