@@ -75,12 +75,13 @@ fn every_option_computes_what_the_papers_say() {
     }
 }
 
+/// Weights of binary16 meet the inputs as they are, those of bfloat16 inputs of their own precision.
 #[test]
 fn float_formats_are_computed_as_they_are() {
-    for format in [Format::F16, Format::BF16] {
+    for (format, bound) in [(Format::F16, 5e-4), (Format::BF16, 5e-2)] {
         let (got, want) = both(&tiny(Architecture::Llama), format);
         let distance = worst_logprob(&got, &want);
-        assert!(distance <= 5e-4, "{format}: log-probabilities differ by {distance:e}");
+        assert!(distance <= bound, "{format}: log-probabilities differ by {distance:e}");
     }
 }
 

@@ -35,6 +35,7 @@ use crate::arch::{avx2, avx512};
 use crate::format::Format;
 use crate::isa::Isa;
 use crate::pool::ThreadPool;
+use std::ops::Range;
 
 /// `out[t * rows + r] = sum over c of w[r, c] * x[t, c]`, for all tokens of `x`.
 ///
@@ -80,12 +81,15 @@ pub fn matmul_many(
         panels += w.panels();
     }
     let run = split(pool.threads(), panels, x.tokens());
-    pool.run(panels.div_ceil(run), &|task| {
+    let (tasks, chunk) = (panels.div_ceil(run), tokens_at_once(x.cols()));
+    pool.run(tasks * x.tokens().div_ceil(chunk), &|task| {
+        let (task, first) = (task % tasks, task / tasks * chunk);
+        let tokens = first..x.tokens().min(first + chunk);
         let range = task * run..panels.min((task + 1) * run);
         for job in jobs.iter().flatten() {
             let end = job.first + job.weights.panels();
             for panel in range.start.max(job.first)..range.end.min(end) {
-                job.panel(panel - job.first, x);
+                job.panel(panel - job.first, x, tokens.clone());
             }
         }
     });
@@ -100,6 +104,12 @@ fn split(threads: usize, panels: usize, tokens: usize) -> usize {
     if tokens >= TOKENS_PER_PANEL { 1 } else { (panels / (threads * TASKS_PER_THREAD)).max(1) }
 }
 
+/// Tokens that all panels meet before the next ones: as many as the second cache holds beside a panel,
+/// where reading them anew for each panel would take the time of a product. A multiple of every tile.
+fn tokens_at_once(cols: usize) -> usize {
+    (BYTES_AT_ONCE / (cols * size_of::<f32>()).max(1)).max(1).next_multiple_of(4 * TILE)
+}
+
 /// One matrix of a call; `first` is its first panel among those of all matrices.
 #[derive(Clone, Copy)]
 struct Job<'a> {
@@ -109,18 +119,18 @@ struct Job<'a> {
 }
 
 // SAFETY: `out` points into a slice that `matmul_many` borrows mutably until all tasks have ended,
-// and no two tasks take the same panel, so no two threads touch the same element.
+// and no two tasks take the same panel and tokens, so no two threads touch the same element.
 unsafe impl Sync for Job<'_> {}
 
 impl Job<'_> {
-    /// Computes the rows of one panel for all tokens.
-    fn panel(&self, panel: usize, x: &Activations) {
+    /// Computes the rows of one panel for some of the tokens.
+    fn panel(&self, panel: usize, x: &Activations, tokens: Range<usize>) {
         let w = self.weights;
         let rows = PANEL.min(w.rows() - panel * PANEL);
         // SAFETY: the panel begins at row `panel * PANEL`, which is below the number of rows, so
         // the pointer stays inside of the first token's row of the output.
         let first = unsafe { self.out.add(panel * PANEL) };
-        let out = PanelOut { first, stride: w.rows(), rows };
+        let out = PanelOut { first, stride: w.rows(), rows, tokens };
         let bytes = w.panel(panel);
         match (w.isa(), w.layout()) {
             #[cfg(target_arch = "x86_64")]
@@ -164,11 +174,13 @@ impl Job<'_> {
     }
 }
 
-/// Where a panel's results go: `rows` elements for each token, `stride` apart.
+/// Which tokens meet a panel, and where its results go: `rows` elements for each token, `stride` apart.
 pub(crate) struct PanelOut {
     first: *mut f32,
     stride: usize,
     rows: usize,
+    /// Some of the call's.
+    pub tokens: Range<usize>,
 }
 
 impl PanelOut {
@@ -187,6 +199,9 @@ impl PanelOut {
 }
 
 const TASKS_PER_THREAD: usize = 8;
+
+/// Half of a small second cache.
+const BYTES_AT_ONCE: usize = 1 << 20;
 
 /// From so many tokens on, a panel is work enough for a task.
 const TOKENS_PER_PANEL: usize = 16;

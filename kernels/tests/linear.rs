@@ -197,6 +197,27 @@ fn a_token_has_the_same_bits_in_every_company() {
     }
 }
 
+/// With many columns a call takes some of its tokens at a time.
+#[test]
+fn a_long_call_gives_what_its_tokens_give_alone() {
+    let (rows, cols, tokens) = if cfg!(miri) { (2, 256, 2) } else { (33, 24_576, 100) };
+    let pool = ThreadPool::new(2);
+    for format in [Format::Q8_0, Format::Q4_K, Format::F16, Format::BF16] {
+        let mut noise = Noise(31);
+        let weights = noise.weights(format, rows * cols);
+        let inputs = noise.inputs(tokens * cols);
+        for isa in Isa::available().filter(|isa| cfg!(miri) || *isa > Isa::Scalar) {
+            let matrix = Matrix::pack(isa, &pool, format, rows, cols, &weights).expect("valid");
+            let together = multiply(&pool, &matrix, &inputs);
+            for token in [0, 1, 47, 48, 95, 96, 99].into_iter().filter(|&token| token < tokens) {
+                let alone = multiply(&pool, &matrix, &inputs[token * cols..][..cols]);
+                let same = bits(&together[token * rows..][..rows]) == bits(&alone);
+                assert!(same, "{format} {isa} token {token}");
+            }
+        }
+    }
+}
+
 #[test]
 fn extreme_weights_and_inputs_agree_on_every_isa() {
     let pool = ThreadPool::new(2);

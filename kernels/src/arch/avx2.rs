@@ -15,19 +15,19 @@ mod inputs;
 pub(crate) use floats::floats;
 pub(crate) use inputs::quantize_row;
 
-/// One panel of quantized weights, for all tokens.
+/// One panel of quantized weights.
 ///
 /// # Safety
 /// The CPU has AVX2, FMA and F16C.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub unsafe fn quantized<S: Shape>(panel: &[u8], x: &Activations, out: &PanelOut) {
     assert_eq!(panel.len(), S::LAYOUT.panel_bytes(x.cols()), "a whole panel");
-    let mut token = 0;
-    while token < x.tokens() {
+    let (mut token, end) = (out.tokens.start, out.tokens.end);
+    while token < end {
         // SAFETY: the features are those of this function, the panel was just checked, and no
         // tile reaches beyond the last token.
         unsafe {
-            token += match x.tokens() - token {
+            token += match end - token {
                 1 => tile::<S, 1, 4>(panel, x, token, out),
                 2 => tile::<S, 2, 4>(panel, x, token, out),
                 3 | 5 | 6 => tile::<S, 3, 2>(panel, x, token, out),

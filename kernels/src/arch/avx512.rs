@@ -19,7 +19,7 @@ mod inputs;
 pub(crate) use floats::{floats, pairs, pairs_agree};
 pub(crate) use inputs::{pair_row, quantize_row};
 
-/// One panel of quantized weights, for all tokens.
+/// One panel of quantized weights.
 ///
 /// # Safety
 /// The CPU has AVX-512 F, BW, VL, DQ and VNNI.
@@ -29,12 +29,12 @@ pub unsafe fn quantized<S: Shape>(panel: &[u8], x: &Activations, out: &PanelOut)
     // Eight tokens do not leave registers for all sums, but half of those are used only once a step;
     // with more scales than one for a step and row, six are faster.
     let wide = const { !S::LAYOUT.nested && !S::LAYOUT.mins };
-    let mut token = 0;
-    while token < x.tokens() {
+    let (mut token, end) = (out.tokens.start, out.tokens.end);
+    while token < end {
         // SAFETY: the features are those of this function, the panel was just checked, and no
         // tile reaches beyond the last token.
         unsafe {
-            token += match x.tokens() - token {
+            token += match end - token {
                 1 => tile::<S, 1>(panel, x, token, out),
                 2 => tile::<S, 2>(panel, x, token, out),
                 3 => tile::<S, 3>(panel, x, token, out),

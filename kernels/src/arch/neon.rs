@@ -25,7 +25,7 @@ pub(crate) use halves::{narrow, widen};
 pub(crate) use inputs::quantize_row;
 pub(crate) use peaks::{dot_rounds, fma_rounds};
 
-/// One panel of quantized weights, for all tokens.
+/// One panel of quantized weights.
 ///
 /// # Safety
 /// The CPU has the instruction set, which is one of NEON.
@@ -57,12 +57,12 @@ pub unsafe fn quantized<S: Shape>(isa: Isa, panel: &[u8], x: &Activations, out: 
 #[inline(always)]
 unsafe fn tiles<S: Shape, D: Dot>(panel: &[u8], x: &Activations, out: &PanelOut) {
     assert_eq!(panel.len(), S::LAYOUT.panel_bytes(x.cols()), "a whole panel");
-    let mut token = 0;
-    while token < x.tokens() {
+    let (mut token, end) = (out.tokens.start, out.tokens.end);
+    while token < end {
         // SAFETY: the CPU is the caller's promise, the panel was just checked, and no tile reaches
         // beyond the last token.
         unsafe {
-            token += match x.tokens() - token {
+            token += match end - token {
                 1 => tile::<S, D, 1, 8>(panel, x, token, out),
                 2 | 3 => tile::<S, D, 2, 4>(panel, x, token, out),
                 8.. if const { D::TOKENS == 8 } => tile::<S, D, 8, 2>(panel, x, token, out),

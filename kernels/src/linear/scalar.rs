@@ -8,7 +8,7 @@ use crate::format::{Format, IQ4_LEVELS};
 /// One panel of float weights, `[cols][32 rows]`.
 pub(crate) fn floats(format: Format, panel: &[u8], x: &Activations, out: &PanelOut) {
     let cols = x.cols();
-    for token in 0..x.tokens() {
+    for token in out.tokens.clone() {
         let mut acc = [0.0_f32; PANEL];
         let x = &x.values()[token * cols..][..cols];
         let step = PANEL * format.block_bytes();
@@ -37,7 +37,7 @@ fn half_at(bytes: &[u8], at: usize) -> u16 {
 
 /// One panel of quantized weights, as described in [`super::layout`].
 pub(crate) fn quantized(layout: &Layout, panel: &[u8], x: &Activations, out: &PanelOut) {
-    for token in 0..x.tokens() {
+    for token in out.tokens.clone() {
         let mut acc = [0.0_f32; PANEL];
         let mut rest = panel;
         for x in x.blocks(token).chunks(layout.group()) {

@@ -6,7 +6,7 @@ use super::{prefetch, store};
 use crate::format::Format;
 use crate::linear::{Activations, DIRECT_TOKENS, PANEL, PanelOut, TILE, Tile};
 
-/// One panel of float weights, `[cols][32 rows]`, for all tokens.
+/// One panel of float weights, `[cols][32 rows]`.
 ///
 /// # Safety
 /// The CPU has AVX2, FMA and F16C.
@@ -31,12 +31,12 @@ unsafe fn tiles<W: Weights>(panel: &[u8], x: &Activations, out: &PanelOut) {
     assert_eq!(panel.len(), x.cols() * PANEL * W::BYTES, "a whole panel");
     // Two halves of a tile of inputs, so that none reaches into the next.
     const { assert!(TILE == 12) };
-    let mut token = 0;
-    while token < x.tokens() {
+    let (mut token, end) = (out.tokens.start, out.tokens.end);
+    while token < end {
         // SAFETY: the features are those of this function, the panel was just checked, and the
         // tokens are there.
         unsafe {
-            token += match x.tokens() - token {
+            token += match end - token {
                 1 => tile::<W, 1, 4>(panel, x, token, out),
                 2 => tile::<W, 2, 4>(panel, x, token, out),
                 3 => tile::<W, 3, 2>(panel, x, token, out),

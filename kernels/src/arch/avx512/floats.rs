@@ -8,7 +8,7 @@ use crate::float::f32_to_bf16;
 use crate::format::Format;
 use crate::linear::{Activations, DIRECT_TOKENS, PANEL, PanelOut, TILE, Tile};
 
-/// One panel of float weights, `[cols][32 rows]`, for all tokens.
+/// One panel of float weights, `[cols][32 rows]`.
 ///
 /// # Safety
 /// The CPU has AVX-512 F.
@@ -25,7 +25,7 @@ pub unsafe fn floats(format: Format, panel: &[u8], x: &Activations, out: &PanelO
     }
 }
 
-/// One panel of bfloat16 weights in pairs, `[pairs of cols][32 rows]`, for all tokens.
+/// One panel of bfloat16 weights in pairs, `[pairs of cols][32 rows]`.
 ///
 /// # Safety
 /// The CPU has AVX-512 F and BF16.
@@ -76,11 +76,11 @@ macro_rules! loops {
         unsafe fn $tiles<W: Weights>(panel: &[u8], x: &Activations, out: &PanelOut) {
             assert_eq!(panel.len(), x.cols().div_ceil(W::COLS) * PANEL * W::BYTES, "a whole panel");
             let tile_tokens = if x.tokens() <= DIRECT_TOKENS { DIRECT_TOKENS } else { TILE };
-            for token in (0..x.tokens()).step_by(tile_tokens) {
+            for token in out.tokens.clone().step_by(tile_tokens) {
                 // SAFETY: the features are those of this function, the panel was just checked, and
                 // a tile has at least as many tokens as are left, up to its width.
                 unsafe {
-                    match x.tokens() - token {
+                    match out.tokens.end - token {
                         1 => $tile::<W, 1>(panel, x, token, out),
                         2 => $tile::<W, 2>(panel, x, token, out),
                         3 => $tile::<W, 3>(panel, x, token, out),

@@ -5,7 +5,7 @@ use std::arch::aarch64::*;
 use crate::format::Format;
 use crate::linear::{Activations, DIRECT_TOKENS, PANEL, PanelOut, TILE, Tile};
 
-/// One panel of float weights, `[cols][32 rows]`, for all tokens.
+/// One panel of float weights, `[cols][32 rows]`.
 ///
 /// # Safety
 /// The CPU has NEON.
@@ -30,12 +30,12 @@ unsafe fn tiles<W: Weights>(panel: &[u8], x: &Activations, out: &PanelOut) {
     assert_eq!(panel.len(), x.cols() * PANEL * W::BYTES, "a whole panel");
     // Every fourth token begins inside of a tile of inputs, and the three after it end there.
     const { assert!(TILE.is_multiple_of(4) && DIRECT_TOKENS.is_multiple_of(4)) };
-    let mut token = 0;
-    while token < x.tokens() {
+    let (mut token, end) = (out.tokens.start, out.tokens.end);
+    while token < end {
         // SAFETY: the feature is that of this function, the panel was just checked, and no tile
         // reaches beyond the last token.
         unsafe {
-            token += match x.tokens() - token {
+            token += match end - token {
                 1 => tile::<W, 1, 4>(panel, x, token, out),
                 2 | 3 => tile::<W, 2, 4>(panel, x, token, out),
                 _ => tile::<W, 4, 2>(panel, x, token, out),
