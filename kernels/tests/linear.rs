@@ -301,7 +301,7 @@ fn extreme_floats_agree_on_every_isa() {
             }
         }
     }
-    let tiny = vec![f32_to_bf16(1e-20).to_le_bytes(); 64].concat();
+    let tiny = [f32_to_bf16(1e-20).to_le_bytes(); 64].concat();
     for isa in Isa::available() {
         let out = product(isa, &pool, Format::BF16, (2, 32), &tiny, &[1e-20; 32]);
         assert!(out.iter().all(|out| out.abs() < 1e-37), "{isa} {out:?}");

@@ -208,7 +208,7 @@ impl Roster {
 
     /// What is known of a tenant's stream, here or at a member. Who kept it may be suspected here, or
     /// just have come back without this node's having heard of it: members are asked again for a moment,
-    /// and longer while one of them gives no answer.
+    /// and longer while one of them gives no answer or one was declared dead just now.
     pub(crate) async fn find_stream(
         &self,
         tenant: &TenantId,
@@ -222,7 +222,11 @@ impl Roster {
             }
             let mut members = ranked(request, self.members_present());
             members.retain(|node| !self.is_own(*node));
-            let mut patience = if members.is_empty() { Duration::ZERO } else { NEWS_WITHIN };
+            let mut patience = match members.is_empty() {
+                _ if self.misses_one() => FIND_WITHIN,
+                true => Duration::ZERO,
+                false => NEWS_WITHIN,
+            };
             for node in members.into_iter().take(FIND_MAX) {
                 let asked = tokio::time::timeout(FIND_TIMEOUT, self.fetch_from(node, &key));
                 let answer = tokio::select! {

@@ -15,7 +15,7 @@ use futures_util::future::BoxFuture;
 use protocol::backup::{FETCH, KEEP};
 use protocol::directory::{QUERY, REPORT};
 use protocol::frame::Frame;
-use protocol::membership::{Addresses, MembershipStats};
+use protocol::membership::{Addresses, MemberState, MembershipStats};
 use protocol::node_record::{NodeRecord, ReplicaRecord, ReplicaState};
 use protocol::records::{Records, RecordsConfig, RecordsInput, RecordsOutput};
 use protocol::{Duration, Instant, Machine, NodeId};
@@ -67,6 +67,8 @@ struct State {
     records: Records,
     nodes: BTreeMap<NodeId, Known>,
     present: BTreeSet<NodeId>,
+    /// A member was declared dead a moment ago, and may come back.
+    misses_one: bool,
     addresses: BTreeMap<NodeId, Vec<SocketAddr>>,
     membership: MembershipStats,
     /// Models under whose name there are different weights, to warn once.
@@ -155,6 +157,7 @@ impl Roster {
             records: Records::new(own, RecordsConfig::default()),
             nodes: BTreeMap::new(),
             present: BTreeSet::new(),
+            misses_one: false,
             addresses: BTreeMap::new(),
             membership: MembershipStats::default(),
             ambiguous: BTreeSet::new(),
@@ -430,6 +433,11 @@ impl Roster {
         all.collect::<BTreeSet<_>>().into_iter().collect()
     }
 
+    /// Whether a member was declared dead a moment ago: it may have been stopped, and be there again.
+    pub(super) fn misses_one(&self) -> bool {
+        self.state.get().is_some() && self.lock().misses_one
+    }
+
     /// Other members that are there and not suspected.
     pub(super) fn members_well(&self) -> Vec<NodeId> {
         let (Some(started), Some(_)) = (self.started.get(), self.state.get()) else {
@@ -492,8 +500,10 @@ impl Roster {
         let here: Vec<&MemberLine> =
             members.iter().filter(|m| m.node != own && m.state.is_present()).collect();
         let present: BTreeSet<NodeId> = here.iter().map(|m| m.node).collect();
+        let is_missed = |m: &MemberLine| m.state == MemberState::Dead && m.age < MISSED_FOR;
         let now = self.now();
         let mut state = self.lock();
+        state.misses_one = members.iter().any(is_missed);
         state.addresses = here.iter().map(|m| (m.node, m.addresses.clone())).collect();
         let before = std::mem::replace(&mut state.present, present.clone());
         for &node in before.difference(&present) {
@@ -738,6 +748,8 @@ const METHOD: &str = "record";
 /// How often this node looks at itself and at who is there.
 const REFRESH: Duration = Duration::from_millis(250);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a member that was declared dead may still come back with what it had in memory.
+const MISSED_FOR: Duration = Duration::from_secs(10);
 /// Time for a member's own addresses before others are asked to carry. Too small: nodes on slow paths are
 /// carried for nothing. Too large: exchanges of records, which have two seconds, never come to it.
 const CARRIED_AFTER: Duration = Duration::from_secs(1);
