@@ -200,7 +200,8 @@ impl PanelOut {
 
 const TASKS_PER_THREAD: usize = 8;
 
-/// Half of a small second cache.
+/// Bytes of inputs in f32. In eight bits they take half of it, which leaves room for a panel in a second
+/// cache of 1 MiB.
 const BYTES_AT_ONCE: usize = 1 << 20;
 
 /// From so many tokens on, a panel is work enough for a task.
