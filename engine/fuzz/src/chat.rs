@@ -9,7 +9,7 @@ use engine::model::Architecture;
 use engine::tokenizer::Tokenizer;
 use engine::weights::testing::{gguf, smallest};
 use engine::weights::{Format, ModelSource};
-use protocol::api::{ChatRequest, CompletionRequest, EmbeddingRequest, Role};
+use protocol::api::{ApiError, ChatRequest, CompletionRequest, EmbeddingRequest, Role};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
@@ -135,27 +135,23 @@ pub fn requests(bytes: &[u8]) {
     let Some((&which, body)) = bytes.split_first() else { return };
     match which % 3 {
         0 => {
-            let Some(request) = read::<ChatRequest>(body) else { return };
-            if request.validate().is_ok() {
+            if let Some(request) = read(body, ChatRequest::validate) {
                 render_request(&request);
             }
         }
-        1 => {
-            if let Some(request) = read::<CompletionRequest>(body) {
-                let _ = request.validate();
-            }
-        }
-        _ => {
-            if let Some(request) = read::<EmbeddingRequest>(body) {
-                let _ = request.validate();
-            }
-        }
+        1 => drop(read(body, CompletionRequest::validate)),
+        _ => drop(read(body, EmbeddingRequest::validate)),
     }
 }
 
-/// A request that can be read is the same after it was written and read again.
-fn read<T: DeserializeOwned + Serialize + PartialEq + std::fmt::Debug>(body: &[u8]) -> Option<T> {
+/// A request within its bounds, which is the same after it was written and read again. Beyond them numbers
+/// may be too large for their type, and then come back as nothing.
+fn read<T: DeserializeOwned + Serialize + PartialEq + std::fmt::Debug>(
+    body: &[u8],
+    validate: impl Fn(&T) -> Result<(), ApiError>,
+) -> Option<T> {
     let request: T = serde_json::from_slice(body).ok()?;
+    validate(&request).ok()?;
     let text = serde_json::to_string(&request).expect("requests are JSON");
     let again: T = serde_json::from_str(&text).expect("what was written can be read");
     assert_eq!(again, request);
