@@ -144,8 +144,8 @@ pub fn requests(bytes: &[u8]) {
     }
 }
 
-/// A request within its bounds, which is the same after it was written and read again. Beyond them numbers
-/// may be too large for their type, and then come back as nothing.
+/// A request within its bounds, which is the same after it was written and read again: unless it has numbers
+/// that are too large for their type. The engine refuses those; in JSON they come back as nothing.
 fn read<T: DeserializeOwned + Serialize + PartialEq + std::fmt::Debug>(
     body: &[u8],
     validate: impl Fn(&T) -> Result<(), ApiError>,
@@ -154,7 +154,9 @@ fn read<T: DeserializeOwned + Serialize + PartialEq + std::fmt::Debug>(
     validate(&request).ok()?;
     let text = serde_json::to_string(&request).expect("requests are JSON");
     let again: T = serde_json::from_str(&text).expect("what was written can be read");
-    assert_eq!(again, request);
+    let seen = format!("{request:?}");
+    let is_infinite = ["(inf)", "(-inf)", ": inf", ": -inf"].iter().any(|what| seen.contains(what));
+    assert!(is_infinite || again == request, "{again:?}\n{seen}");
     Some(request)
 }
 
