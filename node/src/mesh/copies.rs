@@ -222,10 +222,12 @@ impl Roster {
             }
             let mut members = ranked(request, self.members_present());
             members.retain(|node| !self.is_own(*node));
-            let mut patience = match members.is_empty() {
-                _ if self.misses_one() => FIND_WITHIN,
-                true => Duration::ZERO,
-                false => NEWS_WITHIN,
+            let mut patience = if self.misses_one() {
+                FIND_WITHIN
+            } else if members.is_empty() {
+                Duration::ZERO
+            } else {
+                NEWS_WITHIN
             };
             for node in members.into_iter().take(FIND_MAX) {
                 let asked = tokio::time::timeout(FIND_TIMEOUT, self.fetch_from(node, &key));
