@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 
 use engine::chat::ChatTemplate;
@@ -31,6 +31,8 @@ pub const FULL: &str = "<<full>>";
 pub struct Control {
     /// While set, each choice stops after its second token.
     pub hold: AtomicBool,
+    /// How often it was asked for an answer.
+    pub asked: AtomicUsize,
     /// Said once instead of [`TEXT`], until its end.
     pub once: Mutex<Option<&'static str>>,
 }
@@ -77,6 +79,7 @@ impl Core for Script {
                     let tokens = request.prompt.len();
                     return Err(RequestError::TooLong { tokens, limit: CONTEXT });
                 }
+                self.control.asked.fetch_add(1, Ordering::SeqCst);
                 let said = replay(&request, &mut replayed);
                 Job::Generate { request, said }
             }
@@ -299,14 +302,15 @@ pub async fn send(node: SocketAddr, method: &str, path: &str, headers: &str, bod
 }
 
 impl Call {
-    /// Reads until the answer contains `text`.
-    pub async fn read_until(&mut self, text: &str) {
+    /// Reads until the answer contains `text`; gives what was read so far.
+    pub async fn read_until(&mut self, text: &str) -> String {
         let contains = |read: &[u8]| String::from_utf8_lossy(read).contains(text);
         while !contains(&self.read) {
             let count = self.stream.read_buf(&mut self.read).await.expect("the answer goes on");
             let read = String::from_utf8_lossy(&self.read);
             assert!(count > 0, "the answer ended before {text:?}: {read}");
         }
+        String::from_utf8_lossy(&self.read).into_owned()
     }
 
     /// Reads to the end.

@@ -14,8 +14,8 @@ use serde_json::{Value, json};
 use crate::common::*;
 use crate::tiers::tiny_on;
 
-struct Member {
-    node: Node,
+pub struct Member {
+    pub node: Node,
     mesh: Mesh,
     roster: Arc<Roster>,
     _data: tempfile::TempDir,
@@ -23,6 +23,13 @@ struct Member {
 
 /// With a disk below its KV cache, if there is a folder for it.
 async fn member(role: NodeRole, other: Option<&Member>, folder: Option<&Path>) -> Member {
+    let mut options = NodeOptions::new(loopback(), vec![tiny_on(folder)]);
+    (options.role, options.disagg) = (role, Disagg::Always);
+    member_with(options, other).await
+}
+
+/// A node of a new mesh, or of that of another.
+pub async fn member_with(node_options: NodeOptions, other: Option<&Member>) -> Member {
     let data = tempfile::tempdir().unwrap();
     let roster = Roster::new();
     let token = other.map(|other| {
@@ -32,9 +39,7 @@ async fn member(role: NodeRole, other: Option<&Member>, folder: Option<&Path>) -
     let service = roster.clone();
     let options = MeshOptions { service, token, ..MeshOptions::new(data.path(), loopback()) };
     let mesh = Mesh::start(options).await.unwrap();
-    let mut options = NodeOptions::new(loopback(), vec![tiny_on(folder)]);
-    (options.role, options.disagg) = (role, Disagg::Always);
-    let node = node::serve(options).await.unwrap();
+    let node = node::serve(node_options).await.unwrap();
     node.join(mesh.clone(), roster.clone(), data.path()).unwrap();
     node.ready().await.unwrap();
     Member { node, mesh, roster, _data: data }
@@ -49,14 +54,20 @@ async fn pair() -> (Member, Member) {
 async fn pair_on(folder: Option<&Path>) -> (Member, Member) {
     let prefiller = member(NodeRole::Prefill, None, folder).await;
     let decoder = member(NodeRole::Both, Some(&prefiller), None).await;
+    replicas_known(&decoder).await;
+    (prefiller, decoder)
+}
+
+/// Waits until a node has heard of a replica that another one has ready.
+pub async fn replicas_known(member: &Member) {
     for _ in 0..500 {
-        let ready = decoder.roster.peers().await.iter().any(|peer| {
+        let ready = member.roster.peers().await.iter().any(|peer| {
             let record = peer.record.as_ref();
             let ready = |r: &protocol::node_record::ReplicaRecord| r.state == ReplicaState::Ready;
             !peer.own && record.is_some_and(|r| r.replicas.iter().any(ready))
         });
         if ready {
-            return (prefiller, decoder);
+            return;
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }

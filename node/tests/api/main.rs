@@ -5,5 +5,6 @@ mod common;
 mod handoff;
 mod http;
 mod real;
+mod taken_over;
 mod tiers;
 mod tiny_model;
