@@ -152,10 +152,18 @@ pub(super) enum AnswerBody {
 pub(super) enum Failed {
     /// It says that it cannot now; this is what it said.
     Refused(Box<Answer>),
-    /// It is gone, silent or broken.
-    Lost(String),
+    /// It is gone, silent or broken, or another node has asked it for the same; what that says of it.
+    Lost(String, Outcome),
     /// The request's own time is over.
     Deadline,
+}
+
+/// What a call without an answer says of the node that was asked.
+pub(super) fn outcome_of(error: &CallError) -> Outcome {
+    match error.is_taken_over() {
+        true => Outcome::Ended,
+        false => Outcome::Failed,
+    }
 }
 
 /// What is known of a stream that has begun.
@@ -199,8 +207,8 @@ impl Forwarding {
                     self.roster.settle(node, request, answer.refusal());
                     refused = Some(*answer);
                 }
-                Err(Failed::Lost(why)) => {
-                    self.roster.settle(node, request, Outcome::Failed);
+                Err(Failed::Lost(why, outcome)) => {
+                    self.roster.settle(node, request, outcome);
                     let name = self.roster.name_of(node);
                     tracing::warn!(request = %request, node = %name, why, "a node failed a request");
                     tried.push(format!("node {name}: {why}"));
@@ -235,14 +243,15 @@ impl Forwarding {
         let left = self.caller.deadline.saturating_duration_since(Instant::now());
         let asking = async {
             if let Err(why) = self.roster.connect(node).await {
-                return Err(Failed::Lost(format!("cannot be reached: {why}")));
+                return Err(Failed::Lost(format!("cannot be reached: {why}"), Outcome::Failed));
             }
-            self.ask(node, left, so_far).await.map_err(|error| Failed::Lost(error.to_string()))
+            let answer = self.ask(node, left, so_far).await;
+            answer.map_err(|error| Failed::Lost(error.to_string(), outcome_of(&error)))
         };
         let answer = tokio::select! {
             answered = tokio::time::timeout(left, asking) => answered.unwrap_or(Err(Failed::Deadline))?,
             () = self.roster.lost_or_gone(node) => {
-                return Err(Failed::Lost("has gone silent".to_owned()));
+                return Err(Failed::Lost("has gone silent".to_owned(), Outcome::Failed));
             }
         };
         match answer.head.status {

@@ -12,6 +12,7 @@ use engine::sampler::SampledToken;
 use protocol::api::ErrorCode;
 use protocol::journal::{Ended, Entry, StreamPart};
 
+use crate::mesh::{CODE_FAILED, CODE_TAKEN_OVER};
 use crate::replica::PartEvent;
 
 /// The journal of one stream, on the node that generates it.
@@ -69,27 +70,22 @@ impl Journal {
         })
     }
 
-    /// Why the stream ended though it can go on elsewhere, if it did.
-    pub fn broken_off(&self) -> Option<&'static str> {
+    /// Why the stream ended though it can go on, if it did: for a call's error, code and words.
+    pub fn broken_off(&self) -> Option<(u16, &'static str)> {
         match self.edit(|fresh| fresh.failed) {
-            Some(ErrorCode::ShuttingDown) => Some("this node is shutting down"),
-            Some(ErrorCode::NodeLost) => Some(TAKEN_OVER),
+            Some(ErrorCode::ShuttingDown) => Some((CODE_FAILED, "this node is shutting down")),
+            // The node that asked last has it; the one before goes on if its client is still there.
+            Some(ErrorCode::NodeLost) => {
+                Some((CODE_TAKEN_OVER, "another node has asked for the same answer"))
+            }
             _ => None,
         }
-    }
-
-    /// Whether it ended because another node asked for it.
-    pub fn is_taken_over(&self) -> bool {
-        self.edit(|fresh| fresh.failed == Some(ErrorCode::NodeLost))
     }
 
     fn edit<T>(&self, change: impl FnOnce(&mut Fresh) -> T) -> T {
         change(&mut self.fresh.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
-
-/// The node that asked last has the stream; the one before goes on only if its client is still there.
-pub(super) const TAKEN_OVER: &str = "another node has asked for the same answer";
 
 /// What the replica needs of a journal, for each of `choices` choices. `None` if it names others.
 pub(super) fn resumed(before: &[Entry], choices: usize) -> Option<Vec<Resumed>> {

@@ -18,10 +18,9 @@ use protocol::api::{ApiError, ErrorCode};
 use protocol::journal::{Entry, JOURNAL_BYTES_MAX, StreamPart};
 use scheduler::router::Outcome;
 
-use super::forward::{Answer, AnswerBody, Failed, Forwarding, SoFar};
-use super::journal::TAKEN_OVER;
+use super::forward::{Answer, AnswerBody, Failed, Forwarding, SoFar, outcome_of};
 use super::{Journal, sse};
-use crate::mesh::{CODE_FAILED, CallError, CallStream, Copy, Heard, QUIET_MAX, QUIET_MIN};
+use crate::mesh::{CODE_TAKEN_OVER, CallError, CallStream, Copy, Heard, QUIET_MAX, QUIET_MIN};
 
 /// Where a stream's parts come from. Dropping it ends the request there.
 pub(super) enum Source {
@@ -43,11 +42,13 @@ impl Source {
                     continue;
                 };
                 let part = journal.part(text);
-                if journal.is_taken_over() {
-                    let (node, message) = (*node, TAKEN_OVER.to_owned());
-                    return Err(CallError::Refused { node, code: CODE_FAILED, message });
-                }
-                return Ok(Some(part));
+                return match journal.broken_off() {
+                    // This node does not end: another has asked it for the stream.
+                    Some((code @ CODE_TAKEN_OVER, why)) => {
+                        Err(CallError::Refused { node: *node, code, message: why.to_owned() })
+                    }
+                    _ => Ok(Some(part)),
+                };
             },
         }
     }
@@ -114,7 +115,9 @@ impl Running {
             Source::Here(..) => Box::pin(std::future::pending()),
             Source::Peer(_) => Box::pin(async move {
                 tokio::select! {
-                    () = roster.lost(node) => Broken::There("it has gone silent".to_owned()),
+                    () = roster.lost(node) => {
+                        Broken::There("it has gone silent".to_owned(), Outcome::Failed)
+                    }
                     () = cancel.cancelled() => Broken::Here,
                 }
             }),
@@ -210,7 +213,9 @@ impl Passing {
                 why = &mut *over => return Err(why),
                 part = &mut part => {
                     *usual = (*usual * 7 + asked.elapsed()) / 8;
-                    return part.map_err(|error| Broken::There(error.to_string()));
+                    return part.map_err(|error| {
+                        Broken::There(error.to_string(), outcome_of(&error))
+                    });
                 }
                 () = tokio::time::sleep(quiet), if !is_here => {}
             }
@@ -244,14 +249,17 @@ impl Passing {
             let message = "the deadline passed before the answer was complete";
             return Err(ApiError::new(ErrorCode::DeadlineExceeded, message));
         }
-        self.settle(Outcome::Failed);
+        self.settle(match why {
+            Broken::There(_, outcome) => outcome,
+            Broken::Here | Broken::Ingress => Outcome::Ended,
+        });
         let node = self.running.take().map(|running| running.node);
         let said = match (why, node) {
             (Broken::Here, _) => {
                 let message = "this node is shutting down";
                 return Err(ApiError::new(ErrorCode::ShuttingDown, message));
             }
-            (Broken::There(why), Some(node)) => {
+            (Broken::There(why, _), Some(node)) => {
                 let name = self.request.roster.name_of(node);
                 tracing::warn!(%request, node = %name, why, "a node broke off an answer");
                 format!("node {name} broke off the answer: {why}")
@@ -317,7 +325,7 @@ impl Passing {
             Err(Failed::Refused(answer)) => {
                 return Err((answer.refusal(), "it has no room".to_owned()));
             }
-            Err(Failed::Lost(why)) => return Err((Outcome::Failed, why)),
+            Err(Failed::Lost(why, outcome)) => return Err((outcome, why)),
             Err(Failed::Deadline) => return Err((Outcome::Ended, "its time is over".to_owned())),
         };
         match answer {
@@ -369,7 +377,9 @@ type Begun = (Option<StreamPart>, Option<Source>);
 
 /// Who ended a stream before its end.
 enum Broken {
-    There(String),
+    /// The replica, as it says or as is seen; and what that says of it.
+    There(String, Outcome),
+    /// This node ends.
     Here,
     /// The node that had the client.
     Ingress,

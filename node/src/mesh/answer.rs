@@ -144,8 +144,8 @@ async fn reply(
             continue;
         }
         let part = journal.part(data);
-        if let Some(why) = journal.broken_off() {
-            return stream.refuse(CODE_FAILED, why).await;
+        if let Some((code, why)) = journal.broken_off() {
+            return stream.refuse(code, why).await;
         }
         for part in part.split() {
             stream.part(part.to_bytes()).await?;

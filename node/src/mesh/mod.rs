@@ -48,7 +48,7 @@ pub use limits::{MeshCounters, MeshLimits};
 pub use members::{MemberLine, MembersError};
 pub use quic::{ALPN, Endpoint, Link, LinkError, OVERLAY_ALPN, Plane};
 pub use roster::{PeerLine, Roster};
-pub use rpc::{CODE_FAILED, Call, CallError, CallStream, ECHO, Heard, Request};
+pub use rpc::{CODE_FAILED, CODE_TAKEN_OVER, Call, CallError, CallStream, ECHO, Heard, Request};
 pub use running::{JoinFailed, Mesh, MeshError, MeshOptions};
 pub use store::StoreError;
 

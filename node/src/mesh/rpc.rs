@@ -74,6 +74,15 @@ pub enum CallError {
 pub(crate) const CODE_METHOD: u16 = 1;
 /// The callee failed.
 pub const CODE_FAILED: u16 = 2;
+/// The callee was asked for the same by another node, which has it now.
+pub const CODE_TAKEN_OVER: u16 = 3;
+
+impl CallError {
+    /// Whether nothing failed: another node has asked the callee for the same.
+    pub fn is_taken_over(&self) -> bool {
+        matches!(self, CallError::Refused { code: CODE_TAKEN_OVER, .. })
+    }
+}
 
 /// A call that came in. Dropping it without an answer resets the stream.
 pub struct Call {

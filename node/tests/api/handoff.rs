@@ -4,12 +4,13 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use node::mesh::{Mesh, MeshOptions, Roster};
-use node::{Node, NodeOptions};
+use node::mesh::{ControlRoutes, Mesh, MeshOptions, Roster};
+use node::{ApiKeys, Node, NodeOptions};
 use protocol::identity::Roles;
 use protocol::node_record::{NodeRole, ReplicaState};
 use scheduler::router::Disagg;
 use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
 
 use crate::common::*;
 use crate::tiers::tiny_on;
@@ -28,8 +29,11 @@ async fn member(role: NodeRole, other: Option<&Member>, folder: Option<&Path>) -
     member_with(options, other).await
 }
 
+/// Of every node here.
+pub const ADMIN_KEY: &str = "an-admin-key";
+
 /// A node of a new mesh, or of that of another.
-pub async fn member_with(node_options: NodeOptions, other: Option<&Member>) -> Member {
+pub async fn member_with(mut node_options: NodeOptions, other: Option<&Member>) -> Member {
     let data = tempfile::tempdir().unwrap();
     let roster = Roster::new();
     let token = other.map(|other| {
@@ -39,6 +43,8 @@ pub async fn member_with(node_options: NodeOptions, other: Option<&Member>) -> M
     let service = roster.clone();
     let options = MeshOptions { service, token, ..MeshOptions::new(data.path(), loopback()) };
     let mesh = Mesh::start(options).await.unwrap();
+    let control = ControlRoutes::new(mesh.clone(), roster.clone(), CancellationToken::new());
+    node_options.admin = Some((control, ApiKeys::parse(&format!("admin:{ADMIN_KEY}")).unwrap()));
     let node = node::serve(node_options).await.unwrap();
     node.join(mesh.clone(), roster.clone(), data.path()).unwrap();
     node.ready().await.unwrap();

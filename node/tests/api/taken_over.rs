@@ -8,7 +8,7 @@ use node::NodeOptions;
 use serde_json::json;
 
 use crate::common::*;
-use crate::handoff::{Member, member_with, replicas_known};
+use crate::handoff::{ADMIN_KEY, Member, member_with, replicas_known};
 
 /// Events that arrived whole, `[DONE]` left out: what was chosen, by number.
 fn choices(answer: &Answer) -> Vec<(String, serde_json::Value)> {
@@ -28,6 +28,15 @@ async fn entrance(other: &Member) -> Member {
     let entrance = member_with(options, Some(other)).await;
     replicas_known(&entrance).await;
     entrance
+}
+
+/// How each attempt at a request ended, as the node that chose who answers has it.
+async fn ends(at: &Member, request: &str) -> Vec<String> {
+    let path = format!("/admin/v1/requests/{request}/explain");
+    let key = format!("authorization: Bearer {ADMIN_KEY}\r\n");
+    let explained = send(at.node.address(), "GET", &path, &key, b"").await.finish().await.json();
+    let decisions = explained["decisions"].as_array().expect("decisions").iter();
+    decisions.filter_map(|d| d["outcome"]["end"].as_str().map(str::to_owned)).collect()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -61,6 +70,9 @@ async fn who_has_the_client_goes_on() {
     control.hold.store(false, Ordering::SeqCst);
     let answer = stays.finish().await;
     assert_eq!(choices(&answer), undisturbed, "as if nobody else had asked");
+    // The replica is well: nobody holds against it that it was asked twice.
+    let ends = ends(&first, id).await;
+    assert_eq!(ends, ["done", "done"]);
     // Nothing is left of either.
     metric_becomes(&replica.node, &["grapevine_kv_blocks", "used"], 0.0).await;
 }

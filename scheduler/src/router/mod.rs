@@ -96,7 +96,7 @@ pub enum Outcome {
     Began,
     /// This node answers by itself: its own reports, made anew for each decision, know of it at once.
     TakenHere,
-    /// The answer is complete, or its client left.
+    /// The answer is complete, or its client left, or another node has it now.
     Ended,
     /// The node said that it has no room now; it is well, and left alone for a moment.
     Refused { retry_after: Duration },
