@@ -3,7 +3,7 @@
 //! Shapes are those of Qwen2.5-0.5B and Llama-3.2-1B with f16 keys and values. One step goes through all
 //! layers, as in a model, so that caches are as cold as they are there. `--test` runs each case once on
 //! short contexts; `--threads N` (all cores if absent), `--isa scalar|avx2|avx512`, `--dtype
-//! f16|bf16|f32`. Prints the median and the least time of a step.
+//! f16|bf16|f32`, `--case 1x512@2048` for that one alone. Prints the median and the least time of a step.
 
 use std::time::Instant;
 
@@ -43,6 +43,8 @@ struct Setup {
     isa: Isa,
     dtype: KvDtype,
     test: bool,
+    /// The only case to run.
+    case: Option<String>,
 }
 
 fn main() {
@@ -50,21 +52,30 @@ fn main() {
     println!("{} threads, {}, {:?}", setup.pool.threads(), setup.isa, setup.dtype);
     regions(&setup);
     for shape in &SHAPES {
-        for case in CASES {
-            attention(&setup, shape, case);
+        for case @ (streams, tokens, depth) in CASES {
+            let name = format!("{streams}x{tokens}@{depth}");
+            if setup.case.as_ref().is_none_or(|case| *case == name) {
+                attention(&setup, shape, case);
+            }
         }
     }
 }
 
 fn parse() -> Setup {
     let mut threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let mut setup =
-        Setup { pool: ThreadPool::new(1), isa: Isa::detect(), dtype: KvDtype::F16, test: false };
+    let mut setup = Setup {
+        pool: ThreadPool::new(1),
+        isa: Isa::detect(),
+        dtype: KvDtype::F16,
+        test: false,
+        case: None,
+    };
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         let mut value = || args.next().expect("the option needs a value");
         match arg.as_str() {
             "--test" => setup.test = true,
+            "--case" => setup.case = Some(value()),
             "--threads" => threads = value().parse().expect("a number of threads"),
             "--isa" => {
                 let name = value();

@@ -30,7 +30,7 @@ pub(crate) const LANES: usize = 16;
 /// Every method may only be called on a CPU that has the features of the implementation. Methods with
 /// pointers ask in addition that all elements they name can be read or written; no alignment is asked.
 pub(crate) trait Lanes: Copy {
-    /// Query rows that attention takes at once: 8 with 32 registers, 4 with 16 halves or 32
+    /// Query rows that attention takes at once: 8 with 32 registers, 6 with 16 halves, 4 with 32
     /// quarters, else 1.
     const ROWS: usize;
 

@@ -23,7 +23,7 @@ impl Tile {
         let keys = self.head_dim * TILE;
         let values = self.padded * TILE;
         let of_rows = self.rows * (self.head_dim + 2 * self.padded + LANES + 3);
-        (keys + values + ROWS * TILE + of_rows).next_multiple_of(LANES)
+        (keys + values + ROWS_TOGETHER * TILE + of_rows).next_multiple_of(LANES)
     }
 }
 
@@ -33,7 +33,7 @@ struct Slot<'a> {
     keys: &'a mut [f32],
     /// [TILE, padded]
     values: &'a mut [f32],
-    /// [ROWS, TILE]: scores, then their exponentials.
+    /// [ROWS_TOGETHER, TILE]: scores, then their exponentials.
     scores: &'a mut [f32],
     /// [rows, head_dim]: queries times scale.
     queries: &'a mut [f32],
@@ -53,7 +53,7 @@ impl<'a> Slot<'a> {
         Self {
             keys: take(tile.head_dim * TILE),
             values: take(tile.padded * TILE),
-            scores: take(ROWS * TILE),
+            scores: take(ROWS_TOGETHER * TILE),
             split_out: take(tile.rows * tile.padded),
             split_sum: take(tile.rows * LANES),
             total_out: take(tile.rows * tile.padded),
@@ -224,11 +224,16 @@ impl<'a> Work<'a> {
             // the slot has the sizes that the kernels expect.
             unsafe {
                 self.convert::<L>(slot, start, first, last);
-                for row in rows.clone().step_by(L::ROWS) {
-                    let count = L::ROWS.min(rows.end - row);
-                    self.scores::<L>(slot, row, count);
+                for row in rows.clone().step_by(ROWS_TOGETHER) {
+                    let count = ROWS_TOGETHER.min(rows.end - row);
+                    for at in (0..count).step_by(L::ROWS) {
+                        self.scores::<L>(slot, row, at, L::ROWS.min(count - at));
+                    }
                     let seen = self.exponentials::<L>(slot, start, row, count);
-                    self.accumulate::<L>(slot, row, &seen[..count]);
+                    for at in (0..count).step_by(L::ROWS) {
+                        let seen = &seen[at..count.min(at + L::ROWS)];
+                        self.accumulate::<L>(slot, row, at, seen);
+                    }
                 }
             }
         }
@@ -359,13 +364,14 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// Scores of `count` rows from `row` for all positions of the tile.
+    /// Scores of `count` rows for all positions of the tile, from the `at`th of those that begin at
+    /// `row`.
     #[inline(always)]
-    unsafe fn scores<L: Lanes>(&self, slot: &mut Slot<'_>, row: usize, count: usize) {
+    unsafe fn scores<L: Lanes>(&self, slot: &mut Slot<'_>, row: usize, at: usize, count: usize) {
         let head_dim = self.call.tile.head_dim;
-        let queries = slot.queries[row * head_dim..].as_ptr();
+        let queries = slot.queries[(row + at) * head_dim..].as_ptr();
         let keys = slot.keys.as_ptr();
-        let scores = slot.scores.as_mut_ptr();
+        let scores = slot.scores[at * TILE..].as_mut_ptr();
         // SAFETY: `count` rows of queries and of scores exist, and the keys are [head_dim, TILE].
         unsafe {
             for_rows!(L, count, dot_tile(queries, head_dim, keys, scores));
@@ -381,9 +387,9 @@ impl<'a> Work<'a> {
         start: usize,
         row: usize,
         count: usize,
-    ) -> [(usize, usize); ROWS] {
+    ) -> [(usize, usize); ROWS_TOGETHER] {
         let padded = self.call.tile.padded;
-        let mut seen = [(0, 0); ROWS];
+        let mut seen = [(0, 0); ROWS_TOGETHER];
         for i in 0..count {
             let (first, last) = self.visible(row + i);
             let (low, high) = (first.max(start) - start, last.min(start + TILE) - start);
@@ -430,21 +436,23 @@ impl<'a> Work<'a> {
         seen
     }
 
-    /// Adds exponentials times values to the outputs of the rows. Positions that all rows see are
-    /// taken for all at once; those before and behind them, row by row.
+    /// Adds exponentials times values to the outputs of rows, from the `at`th of those that begin at
+    /// `row`. Positions that all of them see are taken for all at once; those before and behind, row by
+    /// row.
     #[inline(always)]
     unsafe fn accumulate<L: Lanes>(
         &self,
         slot: &mut Slot<'_>,
         row: usize,
+        at: usize,
         seen: &[(usize, usize)],
     ) {
         let padded = self.call.tile.padded;
         let common_low = seen.iter().map(|s| s.0).max().unwrap_or(0);
         let common_high = seen.iter().map(|s| s.1).min().unwrap_or(0).max(common_low);
-        let scores = slot.scores.as_ptr();
+        let scores = slot.scores[at * TILE..].as_ptr();
         let values = slot.values.as_ptr();
-        let out = slot.split_out[row * padded..].as_mut_ptr();
+        let out = slot.split_out[(row + at) * padded..].as_mut_ptr();
         // SAFETY: the rows have scores and outputs, and positions that a row sees have values.
         unsafe {
             for (i, &(low, high)) in seen.iter().enumerate() {
@@ -545,9 +553,11 @@ macro_rules! for_rows {
             6 if $lanes::ROWS == 8 => $kernel::<$lanes, 6, 2>($($arg),*),
             7 if $lanes::ROWS == 8 => $kernel::<$lanes, 7, 2>($($arg),*),
             8 if $lanes::ROWS == 8 => $kernel::<$lanes, 8, 2>($($arg),*),
-            2 if $lanes::ROWS == 4 => $kernel::<$lanes, 2, 2>($($arg),*),
-            3 if $lanes::ROWS == 4 => $kernel::<$lanes, 3, 1>($($arg),*),
-            4 if $lanes::ROWS == 4 => $kernel::<$lanes, 4, 1>($($arg),*),
+            2 if $lanes::ROWS < 8 => $kernel::<$lanes, 2, 2>($($arg),*),
+            3 if $lanes::ROWS < 8 => $kernel::<$lanes, 3, 1>($($arg),*),
+            4 if $lanes::ROWS < 8 => $kernel::<$lanes, 4, 1>($($arg),*),
+            5 if $lanes::ROWS == 6 => $kernel::<$lanes, 5, 1>($($arg),*),
+            6 if $lanes::ROWS == 6 => $kernel::<$lanes, 6, 1>($($arg),*),
             rows => unreachable!("{rows} rows where {} are taken at once", $lanes::ROWS),
         }
     };
@@ -719,6 +729,7 @@ unsafe fn load_element_part<L: Lanes, E: Element>(from: *const u8, count: usize)
     }
 }
 
-/// The most rows whose scores are computed together, on any instruction set.
-const ROWS: usize = 8;
+/// Rows that meet a tile's keys one after the other, then its values: with heads of 64 dimensions the
+/// first cache holds what either takes, and not both. A multiple of each [`Lanes::ROWS`].
+const ROWS_TOGETHER: usize = 24;
 const CACHE_LINE: usize = 64;

@@ -177,7 +177,7 @@ impl Lanes for Avx512Lanes {
 pub(crate) struct Avx2Lanes(__m256, __m256);
 
 impl Lanes for Avx2Lanes {
-    const ROWS: usize = 4;
+    const ROWS: usize = 6;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
@@ -323,17 +323,7 @@ impl Lanes for Avx2Lanes {
     unsafe fn pow2_halves(self) -> (Self, Self) {
         // SAFETY: the trait's promise.
         unsafe {
-            let halves = |x: __m256| {
-                let magic = _mm256_set1_epi32(ROUND_MAGIC.to_bits() as i32);
-                let n = _mm256_sub_epi32(_mm256_castps_si256(x), magic);
-                let first = _mm256_srai_epi32::<1>(n);
-                let second = _mm256_sub_epi32(n, first);
-                let bias = _mm256_set1_epi32(127);
-                let a = _mm256_slli_epi32::<23>(_mm256_add_epi32(first, bias));
-                let b = _mm256_slli_epi32::<23>(_mm256_add_epi32(second, bias));
-                (_mm256_castsi256_ps(a), _mm256_castsi256_ps(b))
-            };
-            let ((a0, b0), (a1, b1)) = (halves(self.0), halves(self.1));
+            let ((a0, b0), (a1, b1)) = (pow2_halves_8(self.0), pow2_halves_8(self.1));
             (Self(a0, a1), Self(b0, b1))
         }
     }
@@ -352,6 +342,26 @@ impl Lanes for Avx2Lanes {
                 rows[8 + i] = Self(upper_right[i], lower_right[i]);
             }
         }
+    }
+}
+
+/// A function and no closure: a closure has no features of its own, so what is not inlined into one that
+/// has them becomes a call for each instruction.
+///
+/// # Safety
+/// The CPU has AVX2.
+#[inline(always)]
+unsafe fn pow2_halves_8(x: __m256) -> (__m256, __m256) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let magic = _mm256_set1_epi32(ROUND_MAGIC.to_bits() as i32);
+        let n = _mm256_sub_epi32(_mm256_castps_si256(x), magic);
+        let first = _mm256_srai_epi32::<1>(n);
+        let second = _mm256_sub_epi32(n, first);
+        let bias = _mm256_set1_epi32(127);
+        let a = _mm256_slli_epi32::<23>(_mm256_add_epi32(first, bias));
+        let b = _mm256_slli_epi32::<23>(_mm256_add_epi32(second, bias));
+        (_mm256_castsi256_ps(a), _mm256_castsi256_ps(b))
     }
 }
 
