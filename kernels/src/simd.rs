@@ -7,7 +7,8 @@
 //! (reciprocal estimates, sums in hardware order).
 //!
 //! Methods are `inline(always)` so that they take the target features of the function that
-//! [`dispatch!`] makes around the generic code.
+//! [`dispatch!`] makes around the generic code. What they share is functions like them and never
+//! closures, which cannot be told to be inlined: one that is not becomes a call for each instruction.
 
 #[cfg(target_arch = "aarch64")]
 mod neon;

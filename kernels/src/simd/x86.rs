@@ -240,17 +240,8 @@ impl Lanes for Avx2Lanes {
     unsafe fn store_bf16(self, to: *mut u16) {
         // SAFETY: the trait's promise.
         unsafe {
-            let round = |x: __m256| {
-                let bits = _mm256_castps_si256(x);
-                let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-                let rounded =
-                    _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff));
-                let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000));
-                let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(x, x));
-                _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, nan))
-            };
             // Packing works on 128-bit parts, so the middle two have to change places.
-            let packed = _mm256_packus_epi32(round(self.0), round(self.1));
+            let packed = _mm256_packus_epi32(bf16_of(self.0), bf16_of(self.1));
             _mm256_storeu_si256(to.cast(), _mm256_permute4x64_epi64::<0xd8>(packed));
         }
     }
@@ -307,15 +298,8 @@ impl Lanes for Avx2Lanes {
     unsafe fn select(self, other: Self, mask: u16) -> Self {
         // SAFETY: the trait's promise.
         unsafe {
-            let bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-            let spread = |mask: i32| {
-                let set = _mm256_and_si256(_mm256_set1_epi32(mask), bits);
-                _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, bits))
-            };
-            Self(
-                _mm256_blendv_ps(other.0, self.0, spread(mask as i32)),
-                _mm256_blendv_ps(other.1, self.1, spread(mask as i32 >> 8)),
-            )
+            let (low, high) = (lanes_of(mask as u8), lanes_of((mask >> 8) as u8));
+            Self(_mm256_blendv_ps(other.0, self.0, low), _mm256_blendv_ps(other.1, self.1, high))
         }
     }
 
@@ -345,8 +329,38 @@ impl Lanes for Avx2Lanes {
     }
 }
 
-/// A function and no closure: a closure has no features of its own, so what is not inlined into one that
-/// has them becomes a call for each instruction.
+/// Rounded to nearest even: bfloat16 in the lower halves of the lanes.
+///
+/// # Safety
+/// The CPU has AVX2.
+#[inline(always)]
+unsafe fn bf16_of(x: __m256) -> __m256i {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let bits = _mm256_castps_si256(x);
+        let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+        let rounded = _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff));
+        let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000));
+        let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(x, x));
+        _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, nan))
+    }
+}
+
+/// A bit for each lane, spread over all bits of the lane.
+///
+/// # Safety
+/// The CPU has AVX2.
+#[inline(always)]
+unsafe fn lanes_of(mask: u8) -> __m256 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+        let set = _mm256_and_si256(_mm256_set1_epi32(i32::from(mask)), bits);
+        _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, bits))
+    }
+}
+
+/// [`Lanes::pow2_halves`] of eight lanes.
 ///
 /// # Safety
 /// The CPU has AVX2.
