@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -111,6 +111,8 @@ pub(super) struct Connection {
     certificate: Mutex<Certificate>,
     rate: Arc<FrameRate>,
     faults: AtomicU32,
+    /// Set by the fault that cuts it off: others may come at the same moment, on other streams.
+    is_cut_off: AtomicBool,
 }
 
 impl Connection {
@@ -412,6 +414,7 @@ impl Connections {
             certificate: Mutex::new(certificate.clone()),
             rate,
             faults: AtomicU32::new(0),
+            is_cut_off: AtomicBool::new(false),
         });
         link.allow_streams(self.limits.streams_per_peer);
         let mut table = self.lock();
@@ -598,6 +601,9 @@ impl Connections {
         MeshCounters::add(&self.counters.faults);
         let faults = connection.faults.fetch_add(1, Ordering::Relaxed) + 1;
         if !at_once && faults < self.limits.faults_max {
+            return;
+        }
+        if connection.is_cut_off.swap(true, Ordering::Relaxed) {
             return;
         }
         let node = connection.link.peer();
