@@ -44,7 +44,7 @@ struct Setup {
     dtype: KvDtype,
     test: bool,
     /// The only case to run.
-    case: Option<String>,
+    case: Option<(usize, usize, usize)>,
 }
 
 fn main() {
@@ -52,9 +52,8 @@ fn main() {
     println!("{} threads, {}, {:?}", setup.pool.threads(), setup.isa, setup.dtype);
     regions(&setup);
     for shape in &SHAPES {
-        for case @ (streams, tokens, depth) in CASES {
-            let name = format!("{streams}x{tokens}@{depth}");
-            if setup.case.as_ref().is_none_or(|case| *case == name) {
+        for case in CASES {
+            if setup.case.is_none_or(|only| only == case) {
                 attention(&setup, shape, case);
             }
         }
@@ -75,7 +74,11 @@ fn parse() -> Setup {
         let mut value = || args.next().expect("the option needs a value");
         match arg.as_str() {
             "--test" => setup.test = true,
-            "--case" => setup.case = Some(value()),
+            "--case" => {
+                let name = value();
+                let named = CASES.into_iter().find(|(s, t, d)| name == format!("{s}x{t}@{d}"));
+                setup.case = Some(named.expect("a case of this bench, such as 1x512@2048"));
+            }
             "--threads" => threads = value().parse().expect("a number of threads"),
             "--isa" => {
                 let name = value();

@@ -7,8 +7,9 @@
 //! (reciprocal estimates, sums in hardware order).
 //!
 //! Methods are `inline(always)` so that they take the target features of the function that
-//! [`dispatch!`] makes around the generic code. What they share is functions like them and never
-//! closures, which cannot be told to be inlined: one that is not becomes a call for each instruction.
+//! [`dispatch!`] makes around the generic code. What the ones of AVX2 and AVX-512 share is functions like
+//! them and never closures with instructions in them, which cannot be told to be inlined: one that is
+//! not has no features and becomes a call for each instruction.
 
 #[cfg(target_arch = "aarch64")]
 mod neon;
