@@ -38,6 +38,8 @@ const CASES: [(usize, usize, usize); 8] = [
     (1, 512, 8192),
 ];
 
+const CACHE_LINE: usize = 64;
+
 struct Setup {
     pool: ThreadPool,
     isa: Isa,
@@ -135,8 +137,13 @@ fn attention(setup: &Setup, shape: &Shape, (streams, tokens, depth): (usize, usi
     let &Shape { name, layers, heads, kv_heads, head_dim } = shape;
     let layout = KvLayout { layers, kv_heads, head_dim, block_tokens: 16, dtype: setup.dtype };
     let blocks_each = (depth + tokens).div_ceil(layout.block_tokens);
-    let mut storage = vec![0u8; streams * blocks_each * layout.block_bytes()];
-    fill(&mut storage, setup.dtype);
+    // As in the engine's pool: at a cache line, in huge pages.
+    let len = streams * blocks_each * layout.block_bytes();
+    let mut memory = vec![0u8; len + CACHE_LINE];
+    let start = memory.as_ptr().align_offset(CACHE_LINE);
+    let storage = &mut memory[start..][..len];
+    kernels::pages::prefer_huge_pages(storage);
+    fill(storage, setup.dtype);
     // Blocks of the streams interleave, as they do when streams grow together.
     let tables: Vec<Vec<u32>> = (0..streams)
         .map(|s| (0..blocks_each).map(|b| (b * streams + s) as u32).collect())
@@ -163,10 +170,10 @@ fn attention(setup: &Setup, shape: &Shape, (streams, tokens, depth): (usize, usi
     let (write, _) = time(setup, || {
         for layer in 0..layers {
             let (pool, isa) = (&setup.pool, setup.isa);
-            write_kv(pool, isa, &layout, &mut storage, layer, &kv, &kv, &sequences);
+            write_kv(pool, isa, &layout, storage, layer, &kv, &kv, &sequences);
         }
     });
-    let view = KvView { layout, storage: &storage };
+    let view = KvView { layout, storage };
     let (median, least) = time(setup, || {
         for layer in 0..layers {
             let params = AttentionParams { layer, heads, scale, window: None };

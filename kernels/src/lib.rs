@@ -21,6 +21,7 @@ pub mod linear;
 pub mod map;
 pub mod measure;
 pub mod ops;
+pub mod pages;
 pub mod pool;
 pub mod quant;
 mod simd;

@@ -115,6 +115,11 @@ impl Plan {
         self.items.get(self.next.fetch_add(1, Ordering::Relaxed)).copied()
     }
 
+    /// The item that is taken next, as it looks now.
+    pub fn peek(&self) -> Option<Item> {
+        self.items.get(self.next.load(Ordering::Relaxed)).copied()
+    }
+
     /// Threads that there is work for, at least one.
     pub fn slots(&self) -> usize {
         self.slots

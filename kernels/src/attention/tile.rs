@@ -74,8 +74,6 @@ pub(super) unsafe fn run_item<L: Lanes>(call: &Call<'_>, item: Item, memory: &mu
     let group = &call.plan.groups[item.group];
     let mut slot = Slot::cut(&call.tile, memory);
     let work = Work::new(call, group);
-    let first_tile = work.visible(0).0.max(item.split.unwrap_or(0) * SPLIT) / TILE * TILE;
-    work.prefetch(first_tile, TILE);
     // SAFETY: the promise of the caller.
     unsafe {
         work.pack_queries::<L>(&mut slot);
@@ -132,6 +130,7 @@ pub(super) unsafe fn merge_partials<L: Lanes>(call: &Call<'_>, item: Item, memor
 
 /// A group with the numbers that its loops need. Row r is query head `r % sharing` of the group's token
 /// `r / sharing`.
+#[derive(Clone, Copy)]
 struct Work<'a> {
     call: &'a Call<'a>,
     group: &'a Group,
@@ -202,6 +201,27 @@ impl<'a> Work<'a> {
             for (t, f) in to.iter_mut().zip(from) {
                 *t = f * scale;
             }
+        }
+    }
+
+    /// The first tile of an item.
+    #[inline(always)]
+    fn first_tile(&self, item: Item) -> usize {
+        self.visible(0).0.max(item.split.unwrap_or(0) * SPLIT) / TILE * TILE
+    }
+
+    /// What this thread needs after the tile at `start`: the next tile of this split, or, of an item of
+    /// one split, the first of the item that is to be taken next.
+    #[inline(always)]
+    fn after(&self, start: usize) -> (Work<'a>, usize) {
+        let next = start + TILE;
+        let ends = next.is_multiple_of(SPLIT) || next >= self.position + self.group.tokens;
+        match self.call.plan.peek() {
+            Some(item) if ends && item.split.is_some() => {
+                let work = Work::new(self.call, &self.call.plan.groups[item.group]);
+                (work, work.first_tile(item))
+            }
+            _ => (*self, next),
         }
     }
 
@@ -324,13 +344,15 @@ impl<'a> Work<'a> {
         let layout = &self.call.kv.layout;
         let to_values = layout.kv_heads * layout.plane_bytes();
         let Tile { head_dim, padded, .. } = self.call.tile;
+        // Asked for a few at a time: all at once are more than a core can wait for.
+        let (after, next) = self.after(start);
         let whole = head_dim / LANES * LANES;
         // SAFETY: loads stay inside a row; the stores stay inside [head_dim, TILE] and
         // [TILE, padded], of which `d + j < head_dim`, `position < TILE` and `d < padded` are indices.
         unsafe {
             let keys = slot.keys.as_mut_ptr();
             for lanes in (low / LANES * LANES..high).step_by(LANES) {
-                self.prefetch(start + TILE + lanes, LANES);
+                after.prefetch(next + lanes / 2, LANES / 2);
                 let rows: &[*const u8; LANES] =
                     rows[lanes..].first_chunk().expect("a tile is whole vectors");
                 for d in (0..whole).step_by(LANES) {
@@ -351,6 +373,9 @@ impl<'a> Work<'a> {
             }
             let values = slot.values.as_mut_ptr();
             for position in low..high {
+                if position.is_multiple_of(LANES) {
+                    after.prefetch(next + TILE / 2 + position / 2, LANES / 2);
+                }
                 let row = rows[position].add(to_values);
                 let to = values.add(position * padded);
                 for d in (0..whole).step_by(LANES) {

@@ -3,9 +3,9 @@
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
 
-/// Bytes that begin at a cache line, and lie in huge pages as far as the system has them: reading
-/// all weights for each token would otherwise wait for address translation, and the first write
-/// to each small page for the system.
+use crate::pages::{HUGE_PAGE, advise_huge_pages};
+
+/// Bytes that begin at a cache line, and lie in huge pages as far as the system has them.
 pub(super) struct Buffer {
     start: NonNull<u8>,
     len: usize,
@@ -25,7 +25,8 @@ impl Buffer {
         // SAFETY: the size is not zero.
         let start = unsafe { alloc(layout) };
         let start = NonNull::new(start).unwrap_or_else(|| handle_alloc_error(layout));
-        advise_huge_pages(start, len);
+        // SAFETY: just allocated.
+        unsafe { advise_huge_pages(start.as_ptr(), len) };
         Some(Buffer { start, len })
     }
 
@@ -76,28 +77,6 @@ fn layout(len: usize) -> Option<Layout> {
     let align = if len >= HUGE_PAGE { HUGE_PAGE } else { LINE };
     Layout::from_size_align(len.max(1), align).ok()
 }
-
-/// Only whole huge pages inside of the buffer: the system could otherwise back what lies behind
-/// its end, too.
-#[cfg(target_os = "linux")]
-fn advise_huge_pages(start: NonNull<u8>, len: usize) {
-    unsafe extern "C" {
-        fn madvise(addr: *mut std::ffi::c_void, length: usize, advice: i32) -> i32;
-    }
-    const MADV_HUGEPAGE: i32 = 14;
-    let whole = len / HUGE_PAGE * HUGE_PAGE;
-    if whole > 0 {
-        // SAFETY: the range belongs to the allocation, which is aligned to a huge page; the
-        // advice changes no content. Whether it was taken makes no difference but speed.
-        unsafe { madvise(start.as_ptr().cast(), whole, MADV_HUGEPAGE) };
-    }
-}
-
-#[cfg(not(target_os = "linux"))]
-fn advise_huge_pages(_start: NonNull<u8>, _len: usize) {}
-
-/// Bytes of a huge page on the systems that we know.
-const HUGE_PAGE: usize = 2 << 20;
 
 /// Bytes of a cache line.
 const LINE: usize = 64;

@@ -7,7 +7,8 @@ use kernels::attention::{KvLayout, KvView};
 /// Storage for a fixed number of blocks in one allocation.
 ///
 /// A block is one contiguous payload in the canonical layout `[layer][k|v][kv_head][token][head_dim]`,
-/// little-endian, so that it can travel as it is. Pages are touched when a block is written first.
+/// little-endian, so that it can travel as it is. Pages, huge ones if the system has them, are touched
+/// when a block is written first.
 pub struct KvStorage {
     layout: KvLayout,
     capacity: usize,
@@ -24,7 +25,8 @@ impl KvStorage {
         let len = bytes.checked_add(ALIGNMENT).ok_or_else(too_large)?;
         // Asks whether the memory can be had before an allocation that would abort.
         Vec::<u8>::new().try_reserve_exact(len).map_err(|_| too_large())?;
-        let bytes = vec![0u8; len];
+        let mut bytes = vec![0u8; len];
+        kernels::pages::prefer_huge_pages(&mut bytes);
         let start = bytes.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
         Ok(KvStorage { layout, capacity, bytes, start })
     }
