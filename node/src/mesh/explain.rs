@@ -159,7 +159,7 @@ fn unavailable(why: Unavailable) -> String {
         Unavailable::PathDown => "its path is broken",
         Unavailable::Failing { .. } => "failed several times of late",
         Unavailable::Busy { .. } => "said that it had no room",
-        Unavailable::Tried => "failed this very request",
+        Unavailable::Tried => "was asked for this very request already, and gave no whole answer",
         Unavailable::OtherWeights => "has other weights than those on which the answer began",
     };
     text.to_owned()

@@ -81,7 +81,7 @@ pub struct Ask<'a> {
     pub overlap_tokens: &'a BTreeMap<NodeId, u64>,
     /// How many of these, the last of them, lie below the node's pool.
     pub below_tokens: &'a BTreeMap<NodeId, u64>,
-    /// Nodes that failed this request already.
+    /// Nodes that were asked for this request already and gave no whole answer.
     pub excluded: &'a [NodeId],
     /// Nodes that membership suspects: asked only if no other can be, since they may well be healthy.
     pub suspected: &'a [NodeId],
@@ -124,7 +124,7 @@ pub enum Unavailable {
     Failing { retry_after: Duration },
     /// It had no room.
     Busy { retry_after: Duration },
-    /// It failed this very request.
+    /// It was asked for this very request already, and gave no whole answer.
     Tried,
     /// The answer has begun on other weights.
     OtherWeights,
