@@ -14,7 +14,6 @@ use tokio::net::UdpSocket;
 
 use super::Roster;
 use super::carried::is_carried;
-use super::connections::CloseCode;
 use super::rpc::ECHO;
 
 impl Roster {
@@ -23,15 +22,20 @@ impl Roster {
     pub(crate) async fn look_after(&self, node: NodeId) {
         self.check(node);
         let Some(mesh) = self.mesh() else { return };
-        let Some(link) = mesh.link(node) else { return };
-        // Of a node behind a carrier, nobody but its own silence tells.
+        let Some(mut link) = mesh.link(node) else { return };
+        // Of a node behind a carrier, only its own silence tells; but with the carrier it is gone, too.
+        if let Some(carrier) = mesh.carrier(link.address()) {
+            let Some(to_carrier) = mesh.link(carrier) else { return };
+            link = to_carrier;
+        }
         if is_carried(link.address()) || !is_refused(link.address()).await {
             return;
         }
         let within = ANSWER_MIN + (link.rtt() * 3).min(ANSWER_OF_RTT_MAX);
-        if mesh.call(node, ECHO, Vec::new(), within).await.is_err() {
-            tracing::warn!(node = %node.short(), "a node's process is gone");
-            link.close(CloseCode::Gone as u32, "nobody listens there");
+        if mesh.call(link.peer(), ECHO, Vec::new(), within).await.is_err() {
+            tracing::warn!(node = %link.peer().short(), "a node's process is gone");
+            // Two that dialled each other at once have two connections.
+            mesh.close_at(link.peer(), link.address(), "nobody listens there");
         }
     }
 

@@ -11,7 +11,7 @@ use protocol::identity::join::{Contact, Purpose};
 use protocol::{MeshId, NodeId};
 use thiserror::Error;
 
-use super::connections::{Connections, Service, blocking};
+use super::connections::{CloseCode, Connections, Service, blocking};
 use super::frames::{FrameStream, FrameWriter};
 use super::identity::{Clock, Identity, IdentityError, Standing, system_clock};
 use super::limits::{MeshCounters, MeshLimits};
@@ -189,6 +189,20 @@ impl Mesh {
     /// The newest connection to a member, to measure its path.
     pub fn link(&self, to: NodeId) -> Option<Link> {
         self.connections.to(to).map(|c| c.link.clone())
+    }
+
+    /// Over whom an address is reached, if over another member.
+    pub fn carrier(&self, address: SocketAddr) -> Option<NodeId> {
+        self.connections.endpoint.carried().carrier(address)
+    }
+
+    /// Closes all connections to a member at an address where it is no more.
+    pub fn close_at(&self, node: NodeId, address: SocketAddr, why: &str) {
+        for connection in self.connections.of(node) {
+            if connection.link.address() == address {
+                connection.link.close(CloseCode::Gone as u32, why);
+            }
+        }
     }
 
     /// Whether a member is connected, and not over a carrier.

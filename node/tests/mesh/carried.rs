@@ -56,6 +56,21 @@ async fn two_nodes_are_connected_over_a_third_while_it_lives() {
     }
 }
 
+/// As when a knock finds nobody.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_carrier_that_is_given_up_takes_what_it_carried_with_it() {
+    let [r, a, b] = apart(CarryConfig::default()).await;
+    a.mesh.connect_carried(b.id()).await.unwrap();
+    let over = a.mesh.link(b.id()).unwrap().address();
+    assert_eq!(a.mesh.carrier(over), Some(r.id()));
+    assert_eq!(a.mesh.carrier(r.mesh.address()), None);
+    a.mesh.close_at(r.id(), b.mesh.address(), "somewhere else");
+    assert!(a.reaches(&b).await);
+    a.mesh.close_at(r.id(), r.mesh.address(), "nobody listens there");
+    until("a has given both up", || a.mesh.link(b.id()).is_none() && !a.mesh.is_direct(r.id()))
+        .await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_carrier_says_no() {
     let [r, a, b] = apart(CarryConfig { pairs_max: 0, ..CarryConfig::default() }).await;
