@@ -73,7 +73,7 @@ impl<'a> Slot<'a> {
 pub(super) unsafe fn run_item<L: Lanes>(call: &Call<'_>, item: Item, memory: &mut [f32]) {
     let group = &call.plan.groups[item.group];
     let mut slot = Slot::cut(&call.tile, memory);
-    let work = Work::new(call, group);
+    let work = Work::new(call, item);
     // SAFETY: the promise of the caller.
     unsafe {
         work.pack_queries::<L>(&mut slot);
@@ -108,7 +108,7 @@ pub(super) unsafe fn run_item<L: Lanes>(call: &Call<'_>, item: Item, memory: &mu
 pub(super) unsafe fn merge_partials<L: Lanes>(call: &Call<'_>, item: Item, memory: &mut [f32]) {
     let group = &call.plan.groups[item.group];
     let slot = Slot::cut(&call.tile, memory);
-    let work = Work::new(call, group);
+    let work = Work::new(call, item);
     let padded = call.tile.padded;
     let row_len = partial_row_len(call.tile.head_dim);
     for split in group.splits.0..group.splits.1 {
@@ -128,7 +128,7 @@ pub(super) unsafe fn merge_partials<L: Lanes>(call: &Call<'_>, item: Item, memor
     unsafe { work.write_out::<L>(&slot) };
 }
 
-/// A group with the numbers that its loops need. Row r is query head `r % sharing` of the group's token
+/// An item with the numbers that its loops need. Row r is query head `r % sharing` of its group's token
 /// `r / sharing`.
 #[derive(Clone, Copy)]
 struct Work<'a> {
@@ -137,20 +137,31 @@ struct Work<'a> {
     blocks: &'a [u32],
     /// Position of the first token.
     position: usize,
+    /// Positions of the item that some row sees: from the first tile to before the end.
+    first_tile: usize,
+    end: usize,
     sharing: usize,
     rows: usize,
 }
 
 impl<'a> Work<'a> {
     #[inline(always)]
-    fn new(call: &'a Call<'a>, group: &'a Group) -> Self {
+    fn new(call: &'a Call<'a>, item: Item) -> Self {
+        let group = &call.plan.groups[item.group];
         let sequence = &call.sequences[group.sequence];
         let sharing = call.params.heads / call.kv.layout.kv_heads;
+        let position = sequence.position + group.first_token;
+        let (start, end) = match item.split {
+            Some(split) => (split * SPLIT, (split + 1) * SPLIT),
+            None => (0, usize::MAX),
+        };
         Self {
             call,
             group,
             blocks: sequence.blocks,
-            position: sequence.position + group.first_token,
+            position,
+            first_tile: call.visible(position).0.max(start) / TILE * TILE,
+            end: end.min(position + group.tokens),
             sharing,
             rows: group.tokens * sharing,
         }
@@ -204,22 +215,15 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// The first tile of an item.
-    #[inline(always)]
-    fn first_tile(&self, item: Item) -> usize {
-        self.visible(0).0.max(item.split.unwrap_or(0) * SPLIT) / TILE * TILE
-    }
-
-    /// What this thread needs after the tile at `start`: the next tile of this split, or, of an item of
-    /// one split, the first of the item that is to be taken next.
+    /// What this thread needs after the tile at `start`: the next one, or the first of the item that is
+    /// to be taken next.
     #[inline(always)]
     fn after(&self, start: usize) -> (Work<'a>, usize) {
         let next = start + TILE;
-        let ends = next.is_multiple_of(SPLIT) || next >= self.position + self.group.tokens;
         match self.call.plan.peek() {
-            Some(item) if ends && item.split.is_some() => {
-                let work = Work::new(self.call, &self.call.plan.groups[item.group]);
-                (work, work.first_tile(item))
+            Some(item) if next >= self.end => {
+                let work = Work::new(self.call, item);
+                (work, work.first_tile)
             }
             _ => (*self, next),
         }
@@ -289,7 +293,7 @@ impl<'a> Work<'a> {
     #[inline(always)]
     fn prefetch(&self, start: usize, len: usize) {
         let layout = &self.call.kv.layout;
-        let end = (start + len).min(self.position + self.group.tokens);
+        let end = (start + len).min(self.end);
         let keys = layout.key_plane(self.call.params.layer, self.group.kv_head);
         let to_values = layout.kv_heads * layout.plane_bytes();
         let mut position = start;

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 #[command(
     name = "vine",
     version,
-    about,
+    about = "Serve language models from this host, alone or as one service with others",
     after_help = "Start with `vine demo`. A model is a .gguf file, a Hugging Face directory, or \
                   `demo` for the small one that is built in."
 )]
