@@ -14,6 +14,7 @@ use tokio::net::UdpSocket;
 
 use super::Roster;
 use super::carried::is_carried;
+use super::connections::CloseCode;
 use super::rpc::ECHO;
 
 impl Roster {
@@ -31,11 +32,15 @@ impl Roster {
         if is_carried(link.address()) || !is_refused(link.address()).await {
             return;
         }
+        // Two that dialled each other at once have two connections. One that begins from here on is another
+        // process's.
+        let links = mesh.links_at(link.peer(), link.address());
         let within = ANSWER_MIN + (link.rtt() * 3).min(ANSWER_OF_RTT_MAX);
         if mesh.call(link.peer(), ECHO, Vec::new(), within).await.is_err() {
             tracing::warn!(node = %link.peer().short(), "a node's process is gone");
-            // Two that dialled each other at once have two connections.
-            mesh.close_at(link.peer(), link.address(), "nobody listens there");
+            for link in links {
+                link.close(CloseCode::Gone as u32, "nobody listens there");
+            }
         }
     }
 

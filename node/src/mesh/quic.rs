@@ -404,7 +404,8 @@ impl Link {
         self.connection.set_max_concurrent_uni_streams(VarInt::from_u32(DATA_STREAMS_MAX));
     }
 
-    pub(super) fn close(&self, code: u32, reason: &str) {
+    /// Ends the connection and all streams on it; the peer is told the code and the reason.
+    pub fn close(&self, code: u32, reason: &str) {
         self.connection.close(VarInt::from_u32(code), reason.as_bytes());
     }
 

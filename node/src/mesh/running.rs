@@ -11,7 +11,7 @@ use protocol::identity::join::{Contact, Purpose};
 use protocol::{MeshId, NodeId};
 use thiserror::Error;
 
-use super::connections::{CloseCode, Connections, Service, blocking};
+use super::connections::{Connections, Service, blocking};
 use super::frames::{FrameStream, FrameWriter};
 use super::identity::{Clock, Identity, IdentityError, Standing, system_clock};
 use super::limits::{MeshCounters, MeshLimits};
@@ -196,13 +196,10 @@ impl Mesh {
         self.connections.endpoint.carried().carrier(address)
     }
 
-    /// Closes all connections to a member at an address where it is no more.
-    pub fn close_at(&self, node: NodeId, address: SocketAddr, why: &str) {
-        for connection in self.connections.of(node) {
-            if connection.link.address() == address {
-                connection.link.close(CloseCode::Gone as u32, why);
-            }
-        }
+    /// All connections to a member at an address.
+    pub fn links_at(&self, node: NodeId, address: SocketAddr) -> Vec<Link> {
+        let links = self.connections.of(node).into_iter().map(|c| c.link.clone());
+        links.filter(|link| link.address() == address).collect()
     }
 
     /// Whether a member is connected, and not over a carrier.
