@@ -1,6 +1,6 @@
 //! From a model's files to a model that serves, in the background.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use cache::Namer;
@@ -12,7 +12,7 @@ use protocol::RequestId;
 
 use crate::kv::KvPlane;
 use crate::metrics::Metrics;
-use crate::model::Model;
+use crate::model::{Grammars, Model};
 use crate::options::ModelOptions;
 use crate::paced::Paced;
 use crate::registry::{ModelState, Registry};
@@ -90,6 +90,7 @@ pub(crate) fn spawn(
     on_progress: Option<OnProgress>,
 ) {
     tokio::task::spawn_blocking(move || {
+        let mut ready = Vec::new();
         for (index, model) in models.into_iter().enumerate() {
             let id = model.id;
             let report = |done: f32, stage| {
@@ -109,7 +110,9 @@ pub(crate) fn spawn(
                     let took_ms = began.elapsed().as_millis() as u64;
                     tracing::info!(model = %id, took_ms, "model is ready");
                     report(1.0, "ready");
-                    ModelState::Ready(Arc::new(model))
+                    let model = Arc::new(model);
+                    ready.push(model.clone());
+                    ModelState::Ready(model)
                 }
                 Ok(Err(why)) => {
                     tracing::error!(model = %id, error = %why, "model cannot be served");
@@ -121,6 +124,10 @@ pub(crate) fn spawn(
                 }
             };
             registry.set(index, state);
+        }
+        // Not before: the first clients wait for models, few of them for grammars.
+        for model in ready {
+            LazyLock::force(&model.grammars);
         }
     });
 }
@@ -142,16 +149,12 @@ fn start(id: &str, mut loaded: Loaded, metrics: &Metrics, kv: &KvPlane) -> Resul
     // special tokens.
     let detect = |template| ToolFormat::detect(template, &loaded.tokenizer);
     let tool_format = loaded.template.as_ref().and_then(detect).unwrap_or(ToolFormat::Hermes);
-    let grammars = TokenizerEnv::new(&loaded.tokenizer)
-        .inspect_err(|error| tracing::warn!(model = id, %error, "no grammars for this model"))
-        .ok()
-        .map(GrammarCache::new);
     let kv = kv.add((id, &loaded.fingerprint), replica.clone(), loaded.namer);
     Ok(Model {
         id: id.to_owned(),
         kv,
         tool_format,
-        grammars,
+        grammars: grammars(id, &loaded.tokenizer),
         tokenizer: loaded.tokenizer,
         template: loaded.template,
         vocab: loaded.vocab,
@@ -162,6 +165,16 @@ fn start(id: &str, mut loaded: Loaded, metrics: &Metrics, kv: &KvPlane) -> Resul
         replica,
         metrics,
     })
+}
+
+fn grammars(id: &str, tokenizer: &Tokenizer) -> Grammars {
+    let (id, tokenizer) = (id.to_owned(), tokenizer.clone());
+    Grammars::new(Box::new(move || {
+        TokenizerEnv::new(&tokenizer)
+            .inspect_err(|error| tracing::warn!(model = id, %error, "no grammars for this model"))
+            .ok()
+            .map(GrammarCache::new)
+    }))
 }
 
 /// Makes the first steps, so that the first client does not pay for cold pages, and so that routers know

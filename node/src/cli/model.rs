@@ -276,8 +276,9 @@ pub fn isa(name: IsaName) -> Isa {
 static DEMO: &[u8] = include_bytes!("../../assets/demo.gguf");
 /// Full contexts that the default KV memory has room for.
 const KV_SEQUENCES: usize = 16;
-/// Long enough that reading the weights once more is little beside it, short enough to read on.
-const STEP_TIME_MS: u64 = 150;
+/// Streams go on faster than anybody reads. What is read of a prompt beside them may be little: the step
+/// reads the weights for the streams anyway.
+const STEP_TIME_MS: u64 = 60;
 const KV_BYTES_WITHOUT_KNOWLEDGE: usize = 1 << 30;
 const THREADS_MAX: usize = 1024;
 

@@ -40,7 +40,7 @@ pub struct BatcherConfig {
     pub prefill_chunk_max: usize,
     /// Unit: time of a step that decodes take part in, thus the longest pause between two tokens of a
     /// stream while others' prompts are computed. Prompt tokens per step are then `(target - time of
-    /// decodes alone) / time of a prompt token`, both measured, at least 32 and within
+    /// decodes alone) / time of a prompt token`, both measured, at least 16 and within
     /// `tokens_per_step_max`. Too small: prompts take long. Too large, or `None`: a pause of
     /// `tokens_per_step_max / prompt tokens per second`; on a CPU that can be seconds, but there are
     /// fewer of them. Default `None`.

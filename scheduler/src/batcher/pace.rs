@@ -119,14 +119,15 @@ impl Mean {
 
 /// Prompts go on at this rate at least, however slow the machine: below it the weights are read for
 /// too little.
-const PROMPT_TOKENS_MIN: usize = 32;
+const PROMPT_TOKENS_MIN: usize = 16;
 /// Prompt tokens of a step from which on it is taken for the pace of prompts.
 const WHOLE_TOKENS: u32 = 64;
 /// What such a step weighs, and any other that is a measurement of its own.
 const WHOLE: u32 = WHOLE_TOKENS * WHOLE_TOKENS;
 const MEMORY: u32 = 8 * WHOLE;
-/// Weight from which on a pace of prompts is known: of one step with half of [`WHOLE_TOKENS`].
-const ENOUGH: u32 = WHOLE / 4;
+/// Weight from which on a pace of prompts is known: of one step with [`PROMPT_TOKENS_MIN`], for steps beside
+/// decodes may have no more.
+const ENOUGH: u32 = (PROMPT_TOKENS_MIN * PROMPT_TOKENS_MIN) as u32;
 /// One measurement counts at most so many times the mean before it.
 const OUTLIER: u32 = 4;
 /// What means of nothing grow from.
@@ -190,5 +191,9 @@ mod tests {
         assert!((500..=1000).contains(&rate), "{rate}");
         // And what nothing else is known of is better than nothing.
         assert!((190..=210).contains(&from(&[&[decode], &[leftover; 1000]])));
+        // Beside streams on a slow machine every step has the fewest tokens, and they are believed.
+        let fewest = (PROMPT_TOKENS_MIN, 20 + 4 * PROMPT_TOKENS_MIN as u64);
+        let rate = from(&[&warm, &[fewest; 500]]);
+        assert!((240..=260).contains(&rate), "{rate}");
     }
 }
