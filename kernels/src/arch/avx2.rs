@@ -65,7 +65,7 @@ unsafe fn tile<S: Shape, const T: usize, const Q: usize>(
             unsafe {
                 at = at.add(layout.header_bytes());
                 for _ in 0..layout.group() {
-                    if token == 0 && first == 0 {
+                    if token == out.tokens.start && first == 0 {
                         prefetch(at, layout.step_bytes());
                     }
                     step::<S, T, Q>(header, at, first, &inputs.map(|x| x.add(block)), &mut acc);

@@ -74,7 +74,7 @@ unsafe fn tile<S: Shape, const T: usize>(
         unsafe {
             at = at.add(layout.header_bytes());
             for _ in 0..layout.group() {
-                if token == 0 {
+                if token == out.tokens.start {
                     prefetch(at, layout.step_bytes());
                 }
                 let x = inputs.map(|x| x.add(block));
@@ -90,7 +90,8 @@ unsafe fn tile<S: Shape, const T: usize>(
 
 /// Asks for the memory that the steps (or columns) after this one read. The hardware stops at the
 /// end of each page, and looks too few lines ahead for kernels that compute while they read. Into
-/// the second cache: there is room for what comes early, and the first has other work.
+/// the second cache: there is room for what comes early, and the first has other work. The first tile
+/// of every call asks: since the call before, which had other tokens, other panels went through.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn prefetch(at: *const u8, bytes: usize) {

@@ -70,7 +70,7 @@ unsafe fn tile<W: Weights, const T: usize, const Q: usize>(
         for weights in panel.chunks_exact(PANEL * W::BYTES) {
             // SAFETY: the chunk holds 32 weights, and every column of the tile is in the buffer.
             unsafe {
-                if token == 0 && rows == 0 {
+                if token == out.tokens.start && rows == 0 {
                     prefetch(weights.as_ptr(), weights.len());
                 }
                 let mut w = [_mm256_setzero_ps(); Q];

@@ -115,7 +115,7 @@ macro_rules! loops {
                 // SAFETY: the chunk holds a unit of 32 rows, and every unit of the tile is in the
                 // buffer.
                 unsafe {
-                    if token == 0 {
+                    if token == out.tokens.start {
                         prefetch(weights.as_ptr(), weights.len());
                     }
                     let low = W::load(weights.as_ptr());
