@@ -161,7 +161,7 @@ pub struct EngineArgs {
     #[arg(long, value_name = "TOKENS", help_heading = "Engine")]
     pub step_tokens: Option<usize>,
     /// How long a step that writes answers may take for prompts of others; 0 for as long as it takes.
-    /// Default 60.
+    /// Default 50.
     #[arg(long, value_name = "MS", help_heading = "Engine")]
     pub step_time_ms: Option<u64>,
     /// Wait between two steps, so that one can watch: the demo's model is too fast for that.

@@ -278,7 +278,7 @@ static DEMO: &[u8] = include_bytes!("../../assets/demo.gguf");
 const KV_SEQUENCES: usize = 16;
 /// Streams go on faster than anybody reads. What is read of a prompt beside them may be little: the step
 /// reads the weights for the streams anyway.
-const STEP_TIME_MS: u64 = 60;
+const STEP_TIME_MS: u64 = 50;
 const KV_BYTES_WITHOUT_KNOWLEDGE: usize = 1 << 30;
 const THREADS_MAX: usize = 1024;
 
