@@ -3,9 +3,12 @@
 //! As quinn's own for tokio, but for what counts where each packet is one token. It is woken by what
 //! arrives and not each time that a receiver takes what was sent, and it does not ask for more packets
 //! where it has just seen that there are none: two system calls and a wake-up less for each packet.
+//! A packet that can only be an acknowledgement or as little leaves after what arrived has been passed on:
+//! sending it takes as long as passing a token on, and wakes a peer that may want the same core.
 //!
 //! Packets to and from addresses of [`super::carried`] do not pass through it but through there.
 
+use std::cell::Cell;
 use std::io::{self, IoSliceMut};
 use std::net::{SocketAddr, UdpSocket};
 use std::pin::Pin;
@@ -95,6 +98,11 @@ impl AsyncUdpSocket for Socket {
             }
             return Ok(());
         }
+        let is_small = transmit.segment_size.is_none() && transmit.contents.len() <= SMALL_BYTES_MAX;
+        if NEXT.take() == Next::MayWait && is_small {
+            NEXT.set(Next::Waits);
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
         let sent = self.state.send(self.io.get_ref().into(), transmit);
         if sent.as_ref().is_err_and(would_block) {
             self.is_full.store(true, Ordering::Release);
@@ -160,14 +168,37 @@ struct Room {
 impl UdpPoller for Room {
     fn poll_writable(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let Room { socket, waiting } = &mut *self;
-        if waiting.is_none() && !socket.is_full.load(Ordering::Acquire) {
-            return Poll::Ready(Ok(()));
+        if NEXT.take() == Next::Waits {
+            *waiting = Some(Box::pin(tokio::task::yield_now()));
+        } else if waiting.is_none() {
+            if !socket.is_full.load(Ordering::Acquire) {
+                NEXT.set(Next::MayWait);
+                return Poll::Ready(Ok(()));
+            }
+            *waiting = Some(Box::pin(socket.clone().room()));
         }
-        let room = waiting.get_or_insert_with(|| Box::pin(socket.clone().room()));
-        ready!(room.as_mut().poll(context));
+        if let Some(wait) = waiting {
+            ready!(wait.as_mut().poll(context));
+        }
         *waiting = None;
         Poll::Ready(Ok(()))
     }
+}
+
+/// What becomes of the packet that a connection sends next on this thread. Quinn asks for room and sends
+/// in one go, and asks again at once where that failed; the call that sends does not name its connection.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Next {
+    #[default]
+    Leaves,
+    /// If it is small.
+    MayWait,
+    /// For all that the runtime has to do now.
+    Waits,
+}
+
+thread_local! {
+    static NEXT: Cell<Next> = const { Cell::new(Next::Leaves) };
 }
 
 impl std::fmt::Debug for Room {
@@ -193,12 +224,16 @@ fn would_block(error: &io::Error) -> bool {
 /// `net.core.rmem_max`, and each packet of 1,400 bytes takes 2 KiB of it. Too small: a burst of KV blocks
 /// loses packets, and each loss slows the connection down. Too large: old packets wait in it.
 const BUFFER_BYTES: usize = 4 << 20;
+/// Size of a packet that waits until all else is done. Acknowledgements take 30 to 50 bytes, a ping of
+/// membership as much, which loses nothing by it.
+const SMALL_BYTES_MAX: usize = 64;
 /// Wait for room where that cannot be watched for: a full buffer leaves within it at 1 Gbit/s.
 const FULL_WAIT: Duration = Duration::from_millis(2);
 
 #[cfg(test)]
 mod tests {
     use std::future::poll_fn;
+    use std::sync::atomic::AtomicUsize;
 
     use super::*;
 
@@ -238,6 +273,37 @@ mod tests {
         tokio::task::yield_now().await;
         from.try_send(&transmit(at, &[0; 9])).unwrap();
         assert_eq!(later.await.unwrap(), [9]);
+    }
+
+    #[tokio::test]
+    async fn small_packets_leave_after_all_that_can_be_done_now() {
+        let (from, to) = (bind(), bind());
+        let at = to.local_addr().unwrap();
+        let mut poller = from.clone().create_io_poller();
+        let done = Arc::new(AtomicUsize::new(0));
+        for (len, waits) in [(SMALL_BYTES_MAX, true), (SMALL_BYTES_MAX + 1, false)] {
+            done.store(0, Ordering::Relaxed);
+            for task in 0..3 {
+                let done = done.clone();
+                tokio::spawn(async move {
+                    // and what these begin
+                    tokio::spawn(async move { done.fetch_add(1, Ordering::Relaxed) });
+                    task
+                });
+            }
+            let before = loop {
+                poll_fn(|cx| poller.as_mut().poll_writable(cx)).await.unwrap();
+                match from.try_send(&transmit(at, &vec![0; len])) {
+                    Ok(()) => break done.load(Ordering::Relaxed),
+                    Err(error) => assert!(would_block(&error)),
+                }
+            };
+            assert_eq!(before, if waits { 3 } else { 0 }, "{len} bytes");
+            assert_eq!(receive(&to, 3).await, [len]);
+        }
+        // where nobody asked for room, nothing waits
+        from.try_send(&transmit(at, &[0; 5])).expect("it leaves");
+        assert_eq!(receive(&to, 3).await, [5]);
     }
 
     #[tokio::test]
