@@ -75,7 +75,7 @@ unsafe fn tile<S: Shape, const T: usize>(
             at = at.add(layout.header_bytes());
             for _ in 0..layout.group() {
                 if token == out.tokens.start {
-                    prefetch(at, layout.step_bytes());
+                    ask::<S, T>(at);
                 }
                 let x = inputs.map(|x| x.add(block));
                 step::<S, T>(header, at, &x, &mut acc);
@@ -86,6 +86,20 @@ unsafe fn tile<S: Shape, const T: usize>(
     }
     store(&acc, token, out);
     T
+}
+
+/// Asks for what the steps after this one read, as [`prefetch`] does. Where a step takes less time than its
+/// memory, its first line is enough: the hardware follows, which has more lines under way than a core
+/// may ask for, and asking for each keeps them from it. Six bits take the longest to unpack.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn ask<S: Shape, const T: usize>(at: *const u8) {
+    let bits = const { S::LAYOUT.bits };
+    let bytes = match bits {
+        Bits::Four | Bits::Levels | Bits::Eight if T <= 2 => 1,
+        _ => const { S::LAYOUT.step_bytes() },
+    };
+    prefetch(at.wrapping_add(if bits == Bits::Six { PREFETCH } else { 0 }), bytes);
 }
 
 /// Asks for the memory that the steps (or columns) after this one read. The hardware stops at the

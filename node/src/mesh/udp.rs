@@ -98,7 +98,8 @@ impl AsyncUdpSocket for Socket {
             }
             return Ok(());
         }
-        let is_small = transmit.segment_size.is_none() && transmit.contents.len() <= SMALL_BYTES_MAX;
+        let is_small =
+            transmit.segment_size.is_none() && transmit.contents.len() <= SMALL_BYTES_MAX;
         if NEXT.take() == Next::MayWait && is_small {
             NEXT.set(Next::Waits);
             return Err(io::ErrorKind::WouldBlock.into());
