@@ -89,6 +89,7 @@ impl AsyncUdpSocket for Socket {
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        let may_wait = NEXT.take() == Next::MayWait;
         if is_carried(transmit.destination) {
             let size = transmit.segment_size.unwrap_or(transmit.contents.len()).max(1);
             if let Some(carried) = &self.carried {
@@ -100,7 +101,7 @@ impl AsyncUdpSocket for Socket {
         }
         let is_small =
             transmit.segment_size.is_none() && transmit.contents.len() <= SMALL_BYTES_MAX;
-        if NEXT.take() == Next::MayWait && is_small {
+        if may_wait && is_small {
             NEXT.set(Next::Waits);
             return Err(io::ErrorKind::WouldBlock.into());
         }
