@@ -89,8 +89,8 @@ unsafe fn tile<S: Shape, const T: usize>(
 }
 
 /// Asks for what the steps after this one read, as [`prefetch`] does. Where a step takes less time than its
-/// memory, its first line is enough: the hardware follows, which has more lines under way than a core
-/// may ask for, and asking for each keeps them from it. Six bits take the longest to unpack.
+/// memory, its first line is enough, since the hardware follows, and to ask for each is slower; six bits
+/// take the longest to unpack and want theirs earlier. Measured on Zen 4 (docs/benchmarks.md).
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn ask<S: Shape, const T: usize>(at: *const u8) {
