@@ -64,19 +64,20 @@ async fn mesh(args: &DemoArgs) -> anyhow::Result<()> {
         fleet = Fleet::start(args.api, args.nodes, ROLES) => fleet?,
         stopped = node::shutdown_signal() => return Ok(stopped?),
     };
-    let shown = tokio::select! {
-        shown = show(args, &mut fleet) => shown,
-        stopped = node::shutdown_signal() => stopped.map_err(Into::into),
+    // Whether the nodes stay; a signal ends the show, too.
+    let stay = tokio::select! {
+        shown = show(args, &mut fleet) => shown.map(|()| !args.once),
+        stopped = node::shutdown_signal() => stopped.map(|()| false).map_err(Into::into),
     };
-    let shown = match shown {
-        Ok(()) if !args.once => tokio::select! {
+    let ended = match stay {
+        Ok(true) => tokio::select! {
             ended = fleet.any_end() => ended,
             stopped = node::shutdown_signal() => stopped.map_err(Into::into),
         },
-        shown => shown,
+        stay => stay.map(|_| ()),
     };
     fleet.stop().await;
-    shown
+    ended
 }
 
 async fn show(args: &DemoArgs, fleet: &mut Fleet) -> anyhow::Result<()> {
